@@ -1,0 +1,50 @@
+# Every command of the project. `make` alone lists them.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train export check sync notebooks test test-notebooks lint bench clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+$(READY): constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}; run make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+setup: $(READY)  ## create .venv with the pinned packages
+
+train: $(READY)  ## train a small MoE on the Python standard library's source text
+	$(VENV)/bin/pithtrain train configs/tiny.toml
+
+export: $(READY)  ## notebooks -> modules (FORCE=1 throws hand edits of modules away)
+	@$(PY) tools/literate.py export $(if $(FORCE),--force)
+
+check: $(READY)  ## fail when a module is not what its notebook exports
+	@$(PY) tools/literate.py check
+
+sync: $(READY)  ## hand edits of modules -> notebooks
+	@$(PY) tools/literate.py sync
+
+notebooks: $(READY)  ## write the .ipynb twin of every notebook
+	@$(PY) tools/literate.py notebooks
+
+lint: $(READY)  ## ruff over notebooks, tests and tools
+	@$(PY) -m ruff check nbs tests tools && $(PY) -m ruff format --check nbs tests tools
+
+test-notebooks: notebooks  ## run every notebook, as a script and under nbdev's runner
+	@$(PY) -m pytest tests/notebooks -n 2
+	@$(VENV)/bin/nbdev_test --path nbs --n_workers 2
+
+test: check lint  ## everything that needs no GPU
+	@$(PY) -m pytest tests -n 2
+	@$(MAKE) --no-print-directory test-notebooks
+
+clean:  ## remove what can be made again (not .venv, not runs/)
+	rm -rf build dist *.egg-info docs/_build .pytest_cache .ruff_cache
+	find nbs -name '*.ipynb' -delete
