@@ -8,4 +8,10 @@
 
 # %%
 #| export
+from pithtrain.traceback import name_notebooks_in_tracebacks
+
+# %%
+#| export
 __version__ = "0.1.0"
+
+name_notebooks_in_tracebacks()

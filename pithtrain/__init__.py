@@ -5,5 +5,10 @@
 # %% auto
 __all__ = []
 
-# %% ../nbs/00_pithtrain.py #__version__@3ebbb406
+# %% ../nbs/00_pithtrain.py #imports@d2cccc2b
+from .traceback import name_notebooks_in_tracebacks
+
+# %% ../nbs/00_pithtrain.py #__version__@9a965277
 __version__ = "0.1.0"
+
+name_notebooks_in_tracebacks()

@@ -1,0 +1,376 @@
+# %% [markdown]
+# # Config: a run as one value
+#
+# > Typed dataclasses that hold everything a run depends on; TOML in, one-line errors out.
+#
+# A training run is a function of its config and of the text it reads. So the config is a *value*: frozen
+# dataclasses, filled from a TOML file, checked completely before anything is created, and written back
+# beside the results. Nothing in PithTrain reads a setting from anywhere else.
+#
+# What a field means, its unit and its allowed range stand in one place: the field's own definition. The
+# `--help` of the command line, the checks and the documentation all read it from there.
+
+# %%
+#| default_exp config
+
+# %%
+#| export
+import dataclasses
+import difflib
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+# %% [markdown]
+# ## Errors a user can act on
+#
+# A mistake in what the user gave is a `UserError`. Its text is one line: what is wrong, where, and what
+# would be right. The command line prints that line and exits with code 2; a library caller catches it.
+
+# %%
+#| export
+class UserError(Exception):
+    """A mistake in a user's input: one line that says what is wrong, where, and what would be right."""
+
+# %% [markdown]
+# ## Fields
+#
+# `knob` is `dataclasses.field` with a sentence of documentation and a range. `free=True` marks a field
+# that does not change the trained weights (how often to save, where to log): a resumed run may change it.
+
+# %%
+#| export
+def knob(default: Any, doc: str, *, low: float | None = None, high: float | None = None, free: bool = False) -> Any:
+    """A dataclass field with its documentation, its allowed range (inclusive) and whether a resume may change it."""
+    return field(default=default, metadata={"doc": doc, "low": low, "high": high, "free": free})
+
+# %% [markdown]
+# ## The sections
+#
+# One dataclass for each table of the TOML file. The defaults are the tiny run that `make train` does.
+
+# %%
+#| export
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and what it runs on."""
+
+    name: str = knob("tiny", "name of the run; its folder is FOLDER/NAME")
+    folder: str = knob("runs", "folder that holds all runs", free=True)
+    seed: int = knob(0, "seed of the weights and of the order of the data", low=0)
+    device: Literal["auto", "cpu", "cuda"] = knob("auto", "auto takes CUDA where there is a GPU", free=True)
+    precision: Literal["auto", "float32", "bfloat16"] = knob(
+        "auto", "dtype of the compute, weights staying fp32; auto is bfloat16 on CUDA and float32 on the CPU"
+    )
+    threads: int = knob(0, "CPU threads; 0 leaves the choice to torch", low=0, free=True)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text and its token shards."""
+
+    corpus: str = knob("", "folder of text files; empty means the Python standard library's own source")
+    pattern: str = knob("*.py", "glob that a file's name must match to be read")
+    folder: str = knob("data/tiny", "folder of the tokenizer and the token shards, made when absent", free=True)
+    held_out: float = knob(0.05, "fraction of files held out for validation", low=0.001, high=0.5)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Qwen3-MoE decoder."""
+
+    vocab_size: int = knob(4096, "tokens in the vocabulary, which the tokenizer is trained to", low=257)
+    layers: int = knob(4, "decoder layers", low=1)
+    hidden: int = knob(256, "width of the residual stream, in features", low=1)
+    heads: int = knob(8, "query heads", low=1)
+    kv_heads: int = knob(2, "key and value heads; divides heads", low=1)
+    head_dim: int = knob(32, "features of a head; even", low=2)
+    experts: int = knob(16, "experts of a layer", low=1)
+    top_k: int = knob(2, "experts that a token visits", low=1)
+    expert_hidden: int = knob(256, "width of an expert's inner layer, in features", low=1)
+    renormalise: bool = knob(True, "rescale the weights of a token's top_k experts to sum to 1")
+    rope_theta: float = knob(10_000.0, "base of the rotary wavelengths", low=1.0)
+    norm_eps: float = knob(1e-6, "added to the mean square in RMSNorm", low=0.0)
+    tie_embeddings: bool = knob(True, "use the embedding matrix as the output head")
+    init_std: float = knob(0.02, "standard deviation of the initial weights", low=0.0)
+
+
+@dataclass(frozen=True)
+class BalanceConfig:
+    """How experts are kept equally busy. Each coefficient multiplies a loss that is 1.0 at balance."""
+
+    micro_batch: float = knob(0.0, "coefficient of the loss over each microbatch (Switch)", low=0.0)
+    sequence: float = knob(0.0, "coefficient of the loss over each sequence", low=0.0)
+    global_batch: float = knob(0.01, "coefficient of the loss over the whole batch of a step", low=0.0)
+    bias_rate: float = knob(0.0, "step of the selection bias, loss-free balancing; 0 turns it off", low=0.0)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a warmup-stable-decay learning rate."""
+
+    learning_rate: float = knob(2e-3, "peak learning rate", low=0.0)
+    warmup: int = knob(20, "steps of linear warmup from 0", low=0)
+    decay: float = knob(0.4, "last fraction of the steps, over which the rate falls to final", low=0.0, high=1.0)
+    final: float = knob(0.0, "learning rate at the end, as a fraction of the peak", low=0.0, high=1.0)
+    beta1: float = knob(0.9, "decay of the gradient's running mean", low=0.0, high=0.9999)
+    beta2: float = knob(0.95, "decay of the squared gradient's running mean", low=0.0, high=0.99999)
+    eps: float = knob(1e-8, "added to the denominator of the update", low=0.0)
+    weight_decay: float = knob(0.1, "decoupled weight decay, on matrices only", low=0.0)
+    clip: float = knob(1.0, "largest global gradient norm; 0 leaves gradients alone", low=0.0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How much is trained on, in what pieces."""
+
+    steps: int = knob(200, "optimiser steps", low=1)
+    sequence_length: int = knob(256, "tokens of a sequence", low=1)
+    batch_size: int = knob(16, "sequences of an optimiser step", low=1)
+    micro_batch_size: int = knob(16, "sequences of one forward and backward pass; divides batch_size", low=1)
+    checkpoint_every: int = knob(100, "steps between checkpoints; 0 saves only at the end", low=0, free=True)
+    keep: int = knob(2, "checkpoints kept, the newest", low=1, free=True)
+    evaluate_every: int = knob(0, "steps between validations; 0 validates only at the end", low=0, free=True)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Loggers beside metrics.jsonl; both are extras."""
+
+    tensorboard: bool = knob(False, "write TensorBoard events (extra: tensorboard)", free=True)
+    wandb: bool = knob(False, "log to Weights & Biases (extra: wandb)", free=True)
+
+# %%
+#| export
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on, one field for each table of its TOML file."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return Path(self.run.folder) / self.run.name
+
+# %%
+config = Config()
+config.model
+
+# %% [markdown]
+# ## From TOML
+#
+# `check_value` compares one value with its field, `section_from_table` one table with its dataclass. A
+# message starts with the key as the user wrote it; a misspelt key is answered with the nearest real one.
+
+# %%
+#| export
+def check_value(where: str, spec: dataclasses.Field, value: Any) -> Any:
+    """`value` as the field `spec` wants it (an int is taken where a float belongs), or a UserError."""
+    if get_origin(spec.type) is Literal:
+        if value not in get_args(spec.type):
+            raise UserError(f"{where}: {value!r} is not one of {', '.join(map(repr, get_args(spec.type)))}")
+        return value
+    if spec.type is float and type(value) is int:
+        value = float(value)
+    if type(value) is not spec.type:
+        raise UserError(f"{where}: {value!r} is of type {type(value).__name__}, expected {spec.type.__name__}")
+    low, high = spec.metadata["low"], spec.metadata["high"]
+    # Written so that NaN, which compares false with everything, is out of every range.
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        span = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise UserError(f"{where}: {value} is out of range, expected {span}")
+    return value
+
+# %%
+#| export
+def nearest(name: str, names: list[str]) -> str:
+    """A hint for a misspelt name: the closest of `names`, or all of them."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+
+# %%
+#| export
+def section_from_table(section: type, where: str, table: Any) -> Any:
+    """One section's dataclass from its TOML table; `where` prefixes the key in messages."""
+    if not isinstance(table, dict):
+        raise UserError(f"{where}: expected a table of settings, got {table!r}")
+    specs = {spec.name: spec for spec in dataclasses.fields(section)}
+    for key in table:
+        if key not in specs:
+            raise UserError(f"{where}.{key}: no such setting; {nearest(key, list(specs))}")
+    return section(**{key: check_value(f"{where}.{key}", specs[key], value) for key, value in table.items()})
+
+# %%
+try:
+    section_from_table(ModelConfig, "tiny.toml: model", {"expert": 8})
+except UserError as error:
+    print(error)
+try:
+    section_from_table(ModelConfig, "tiny.toml: model", {"top_k": 0})
+except UserError as error:
+    print(error)
+
+# %% [markdown]
+# Some rules bind several fields. They are checked once, when the whole config is known.
+
+# %%
+#| export
+def check_config(config: Config, where: str) -> None:
+    """Refuse a config whose fields contradict each other, with the keys and the values that do."""
+    model, train, optimizer = config.model, config.train, config.optimizer
+    rules = [
+        (
+            model.heads % model.kv_heads == 0,
+            f"model.kv_heads: {model.kv_heads} does not divide model.heads, {model.heads}",
+        ),
+        (model.head_dim % 2 == 0, f"model.head_dim: {model.head_dim} is odd; rotary positions pair features"),
+        (
+            model.top_k <= model.experts,
+            f"model.top_k: {model.top_k} is more than model.experts, {model.experts}",
+        ),
+        (
+            train.batch_size % train.micro_batch_size == 0,
+            f"train.micro_batch_size: {train.micro_batch_size} does not divide train.batch_size, {train.batch_size}",
+        ),
+        (
+            optimizer.warmup <= train.steps,
+            f"optimizer.warmup: {optimizer.warmup} steps are more than train.steps, {train.steps}",
+        ),
+        (
+            config.run.name not in ("", ".", "..") and "/" not in config.run.name,
+            f"run.name: {config.run.name!r} is not a folder's name",
+        ),
+    ]
+    for holds, message in rules:
+        if not holds:
+            raise UserError(f"{where}: {message}")
+
+# %% [markdown]
+# A setting on the command line overrides the file's: `--train.steps 500`. Its text is read as a TOML
+# value where it is one and as a plain string otherwise, so `--run.name wide` needs no inner quotes.
+
+# %%
+#| export
+def parse_override(text: str) -> Any:
+    """The value of a command-line override: TOML where it parses, a string otherwise."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+# %%
+#| export
+def config_from_tables(tables: dict[str, Any], where: str) -> Config:
+    """A checked Config from parsed TOML tables."""
+    sections = {spec.name: spec.default_factory for spec in dataclasses.fields(Config)}
+    for name in tables:
+        if name not in sections:
+            raise UserError(f"{where}: [{name}]: no such section; {nearest(name, list(sections))}")
+    config = Config(
+        **{name: section_from_table(sections[name], f"{where}: {name}", table) for name, table in tables.items()}
+    )
+    check_config(config, where)
+    return config
+
+# %%
+#| export
+def load_config(path: Path, overrides: list[tuple[str, str]] = ()) -> Config:
+    """Read a TOML file, lay `overrides` (pairs of "section.key" and text) over it, check everything.
+
+    Raises UserError, naming the file or the key, for a missing or malformed file, an unknown key, a wrong
+    type, a value out of range, or fields that contradict each other.
+    """
+    try:
+        tables = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file; configs/tiny.toml is one to start from") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; expected a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    for key, text in overrides:
+        section, dot, name = key.partition(".")
+        if not dot:
+            raise UserError(f"--{key}: expected --SECTION.KEY VALUE, as in --train.steps 500")
+        table = tables.setdefault(section, {})
+        if isinstance(table, dict):
+            table[name] = parse_override(text)
+    return config_from_tables(tables, str(path))
+
+# %%
+import tempfile
+
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "run.toml"
+    path.write_text('[run]\nname = "wide"\n[model]\nexperts = 32\n')
+    wide = load_config(path, [("train.steps", "500"), ("optimizer.learning_rate", "1e-3")])
+    print(wide.run.name, wide.model.experts, wide.train.steps, wide.optimizer.learning_rate)
+    for overrides in ([("train.step", "5")], [("train.micro_batch_size", "5")], [("run.seed", "yes")]):
+        try:
+            load_config(path, overrides)
+        except UserError as error:
+            print(str(error).replace(folder + "/", ""))
+
+# %% [markdown]
+# ## Back to TOML, and what every key means
+#
+# A run keeps the config it ran with, complete. A later start of the same run is compared with it field by
+# field: what is not `free` must be equal, or the run folder belongs to a different config.
+
+# %%
+#| export
+def to_toml(config: Config) -> str:
+    """The complete config as TOML text; `load_config` reads it back to an equal value."""
+    import tomli_w
+
+    return tomli_w.dumps(dataclasses.asdict(config))
+
+# %%
+#| export
+def differences(config: Config, other: Config) -> list[str]:
+    """The settings, free ones left out, in which two configs differ, as "section.key: a, not b" lines."""
+    return [
+        f"{section.name}.{spec.name}: {mine!r}, not {theirs!r}"
+        for section in dataclasses.fields(Config)
+        for spec in dataclasses.fields(section.default_factory)
+        if not spec.metadata["free"]
+        and (mine := getattr(getattr(config, section.name), spec.name))
+        != (theirs := getattr(getattr(other, section.name), spec.name))
+    ]
+
+# %%
+assert config_from_tables(tomllib.loads(to_toml(wide)), "copy") == wide
+differences(wide, config)
+
+# %% [markdown]
+# And the reference, from the same definitions; `pithtrain train --help` prints it.
+
+# %%
+#| export
+def describe_settings() -> str:
+    """Every setting with its type, default, range and meaning, one line each, by section."""
+    lines = []
+    for section in dataclasses.fields(Config):
+        lines += ["", f"[{section.name}] {section.default_factory.__doc__}"]
+        for spec in dataclasses.fields(section.default_factory):
+            kind = "|".join(get_args(spec.type)) if get_origin(spec.type) is Literal else spec.type.__name__
+            low, high = spec.metadata["low"], spec.metadata["high"]
+            span = "" if low is None else f", >= {low:g}" if high is None else f", {low:g} to {high:g}"
+            default = f"default {spec.default!r}".lower() if spec.type is bool else f"default {spec.default!r}"
+            lines.append(f"  {f'--{section.name}.{spec.name}':<26} {spec.metadata['doc']} ({kind}{span}; {default})")
+    return "\n".join(lines[1:])
+
+# %%
+print(describe_settings())
+
+# %% [markdown]
+# Next: [what a traceback out of this package tells you](02_traceback.py), and then the model, from its
+# [router](20_router.py) up.

@@ -1,0 +1,185 @@
+# %% [markdown]
+# # Balance: keeping every expert busy
+#
+# > Losses, and a loss-free bias, that keep a router from sending every token to the same few experts.
+#
+# A router left alone collapses: the expert that is chosen more learns more, becomes better, and is chosen
+# more still. Experts that are never chosen are wasted memory; on several GPUs, the rank that holds the
+# favourite makes all others wait. Two remedies are in use, and both are here.
+
+# %%
+#| default_exp layers.balance
+
+# %%
+#| export
+import torch
+from torch import Tensor
+
+# %% [markdown]
+# ## Load
+#
+# The *load* of an expert is the number of (token, expert) pairs that it gets. Everything else follows
+# from it, so it is counted once.
+
+
+# %%
+#| export
+def expert_load(expert_ids: Tensor, experts: int) -> Tensor:
+    """Pairs that each expert gets: (experts,) int64 from `expert_ids` (T, K)."""
+    return torch.bincount(expert_ids.flatten(), minlength=experts)
+
+
+# %%
+torch.manual_seed(0)
+probs = torch.softmax(torch.randn(64, 8) + torch.linspace(0, 2, 8), dim=1)
+ids = probs.topk(2).indices
+print(expert_load(ids, 8).tolist(), "of", ids.numel(), "pairs")
+
+# %% [markdown]
+# ## The Switch loss
+#
+# With $f_e$ the fraction of pairs that expert $e$ gets and $P_e$ the mean probability the router gives it,
+#
+# $$\mathcal{L} = E \sum_{e=1}^{E} f_e P_e$$
+#
+# (Switch Transformer, arXiv 2101.03961, eq. 4, with $f$ over pairs so that it holds for any `top_k`). At
+# perfect balance $f_e = P_e = 1/E$ and $\mathcal{L} = 1$; when one expert takes all, $\mathcal{L} = E$.
+# $f$ is a count and has no gradient; the gradient flows through $P$ and pushes down the probability of the
+# experts with the most load. One function serves every form of the loss, because the forms differ only in
+# *which tokens $f$ is counted over*.
+
+
+# %%
+#| export
+def switch_loss(probs: Tensor, load: Tensor) -> Tensor:
+    """E * sum_e f_e P_e over the last axis but one of `probs` (..., T, E), with f from `load` (..., E).
+
+    A scalar, the mean over leading axes; 1.0 when balanced, E when one expert takes everything.
+    Source: Switch Transformer, arXiv 2101.03961.
+    """
+    fraction = load.to(probs.dtype) / load.sum(dim=-1, keepdim=True)
+    return probs.shape[-1] * (fraction * probs.mean(dim=-2)).sum(dim=-1).mean()
+
+
+# %%
+even = torch.full((64, 8), 1 / 8)
+one_takes_all = torch.eye(8)[torch.zeros(64, dtype=torch.long)]
+print("balanced: ", switch_loss(even, torch.full((8,), 16)).item())
+print("collapsed:", switch_loss(one_takes_all, torch.tensor([128, 0, 0, 0, 0, 0, 0, 0])).item())
+print("the skewed router above:", round(switch_loss(probs, expert_load(ids, 8)).item(), 3))
+
+# %% [markdown]
+# ## Three scopes
+#
+# - **micro-batch**: $f$ over the tokens of one forward pass. Easy, but a small microbatch of, say, all
+#   Python code is pushed to use every expert equally, which works against specialisation.
+# - **sequence**: $f$ and $P$ over each sequence apart, then the mean (DeepSeek-V3, arXiv 2412.19437,
+#   eq. 17, there with a tiny coefficient): the strictest.
+# - **global batch**: $f$ over all microbatches of an optimiser step, on all ranks (arXiv 2501.11873): the
+#   loosest. Experts may specialise by domain as long as the batch as a whole is balanced. While a step
+#   accumulates, $f$ is counted over the microbatches so far.
+#
+# The sequence form needs a load for each sequence:
+
+
+# %%
+#| export
+def sequence_loss(probs: Tensor, expert_ids: Tensor, sequences: int) -> Tensor:
+    """`switch_loss` over each of `sequences` equally long sequences apart, then their mean.
+
+    `probs` (T, E) and `expert_ids` (T, K) hold the sequences one after the other.
+    Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
+    """
+    experts = probs.shape[-1]
+    chosen = expert_ids.view(sequences, -1)
+    load = torch.zeros(sequences, experts, dtype=torch.long, device=probs.device)
+    load.scatter_add_(1, chosen, torch.ones_like(chosen))
+    return switch_loss(probs.view(sequences, -1, experts), load)
+
+
+# %% [markdown]
+# Four sequences, each of which uses two experts of its own, evenly: each is unbalanced, the batch as a
+# whole is perfectly balanced. The three scopes tell them apart.
+
+# %%
+own = torch.arange(4).repeat_interleave(16)
+ids = torch.stack([2 * own, 2 * own + 1], dim=1)
+probs = torch.zeros(64, 8).scatter_(1, ids, 0.5)
+print("one microbatch of all four:  ", switch_loss(probs, expert_load(ids, 8)).item())
+print("a microbatch of one sequence:", switch_loss(probs[:16], expert_load(ids[:16], 8)).item())
+print("sequence:                    ", sequence_loss(probs, ids, sequences=4).item())
+print("global over four microbatches:", switch_loss(probs[:16], expert_load(ids, 8)).item())
+
+# %% [markdown]
+# ## Without a loss
+#
+# A balance loss pulls the router's weights away from what the language-modelling loss wants. DeepSeek-V3
+# (and arXiv 2408.15664) balances without any gradient: the selection bias $b_e$ of the
+# [router](20_router.py) rises by a fixed step $\gamma$ when expert $e$ had less than the mean load in the
+# last step, and falls when it had more. The weights $w_e$ do not see it.
+#
+# $$b_e \leftarrow b_e + \gamma \operatorname{sign}(\bar{c} - c_e)$$
+
+
+# %%
+#| export
+@torch.no_grad()
+def update_bias(bias: Tensor, load: Tensor, rate: float) -> None:
+    """Move the selection `bias` (E,), in place, by `rate` towards experts with less than the mean `load`.
+
+    Source: auxiliary-loss-free balancing, arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437.
+    """
+    bias += rate * torch.sign(load.float().mean() - load.float())
+
+
+# %% [markdown]
+# A router that strongly prefers some experts, and 150 steps of the bias alone. The load of the favourite
+# falls to its share and the starved expert's rises to it; the model's weights never changed.
+
+# %%
+import matplotlib.pyplot as plt
+
+from pithtrain.layers.router import route
+
+torch.manual_seed(0)
+experts, weight, bias = 8, torch.randn(8, 16) / 6, torch.zeros(8)
+weight[:, 0] += torch.linspace(-0.6, 0.6, 8)
+history = []
+for _ in range(150):
+    tokens = torch.randn(1024, 16)
+    tokens[:, 0] = 1.0
+    load = expert_load(route(tokens, weight, bias, 2, True).expert_ids, experts)
+    history.append(load / load.sum() * experts)
+    update_bias(bias, load, rate=0.003)
+fig, ax = plt.subplots(figsize=(6.5, 3.5))
+ax.plot(torch.stack(history))
+ax.axhline(1, color="black", lw=0.8, ls="--")
+ax.set(title="Loss-free balancing", xlabel="step", ylabel="load / balanced load", ylim=(0, None))
+fig
+# %%
+assert history[0].max() > 1.8 and history[-1].max() < 1.3
+
+# %% [markdown]
+# ## What to log
+#
+# Two numbers tell whether a router is healthy. The *load imbalance* is the busiest expert's load over the
+# mean: it is how much longer the slowest rank works. The *entropy* of the router's probabilities, in nats,
+# says how decided the router is: $\log E$ when it knows nothing, 0 when it always knows.
+
+
+# %%
+#| export
+@torch.no_grad()
+def routing_entropy(probs: Tensor) -> Tensor:
+    """Mean entropy of the router's `probs` (T, E), in nats: between 0 and log E."""
+    return torch.special.entr(probs).sum(dim=-1).mean()
+
+
+# %%
+import math
+
+print(f"undecided: {routing_entropy(even):.3f} nats, log 8 is {math.log(8):.3f}")
+print(f"decided:   {routing_entropy(one_takes_all):.3f} nats")
+
+# %% [markdown]
+# Next: what the experts do with the tokens they are sent: [experts](22_experts.py).

@@ -1,0 +1,229 @@
+# %% [markdown]
+# # Experts: many small MLPs, each on its own tokens
+#
+# > The expert MLPs of a layer, applied to the tokens that the router sent to each.
+#
+# An expert is the MLP of a dense transformer, only narrower: a SwiGLU with three matrices. A layer holds
+# $E$ of them in two stacked tensors, and each (token, expert) pair that the [router](20_router.py) chose
+# is one row of work.
+
+# %%
+#| default_exp layers.experts
+
+# %%
+#| export
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# %% [markdown]
+# ## The maths
+#
+# For the token $x$ with chosen experts $S$ and weights $w_e$,
+#
+# $$y = \sum_{e \in S} w_e\, D_e \left( \operatorname{silu}(G_e x) \odot U_e x \right),$$
+#
+# with the gate $G_e$ and the up projection $U_e$, both $D \times H$, and the down projection $D_e$,
+# $H \times D$ (SwiGLU: arXiv 2002.05202). $G_e$ and $U_e$ are stored as one tensor `gate_up` of shape
+# $(E, 2D, H)$, gate rows first: one matrix product computes both.
+#
+# The smallest true implementation is a loop over experts. It is the reference for every faster one.
+
+
+# %%
+#| export
+def expert_mlp_reference(tokens: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """For each token the weighted sum of its experts' outputs: (T, H).
+
+    `tokens` (T, H), `expert_ids` (T, K) with -1 for a pair that is not computed here, `weights` (T, K),
+    `gate_up` (E, 2D, H) with the gate rows first, `down` (E, H, D).
+    """
+    output = torch.zeros_like(tokens)
+    for expert in range(gate_up.shape[0]):
+        rows, slots = torch.where(expert_ids == expert)
+        gate, up = F.linear(tokens[rows], gate_up[expert]).chunk(2, dim=-1)
+        expert_output = F.linear(F.silu(gate) * up, down[expert])
+        output = output.index_add(0, rows, weights[rows, slots, None].to(tokens.dtype) * expert_output)
+    return output
+
+
+# %%
+torch.manual_seed(0)
+T, H, E, K, D = 12, 16, 4, 2, 24  # tokens, hidden, experts, top_k, expert hidden
+tokens = torch.randn(T, H)
+gate_up, down = torch.randn(E, 2 * D, H) / H**0.5, torch.randn(E, H, D) / D**0.5
+weights, expert_ids = torch.softmax(torch.randn(T, E), dim=1).topk(K)
+expert_mlp_reference(tokens, expert_ids, weights, gate_up, down).shape
+
+# %% [markdown]
+# ## Where the time goes
+#
+# The loop asks for every expert's tokens with a comparison over all pairs, and autograd keeps five
+# intermediates for each expert. A training step needs none of that: sort the pairs by expert once, and
+# each expert's pairs are a contiguous run.
+
+# %%
+import matplotlib.pyplot as plt
+
+order = torch.argsort(expert_ids.flatten(), stable=True)
+fig, axes = plt.subplots(2, 1, figsize=(7, 2.2), sharex=True)
+for ax, ids, title in (
+    (axes[0], expert_ids.flatten(), "pairs as routed: token after token"),
+    (axes[1], expert_ids.flatten()[order], "pairs sorted: expert after expert"),
+):
+    ax.imshow(ids[None], aspect="auto", cmap="tab10", vmin=0, vmax=9)
+    for i, pair in enumerate(range(T * K) if ax is axes[0] else order.tolist()):
+        ax.text(i, 0, pair // K, ha="center", va="center", color="white", fontsize=8)
+    ax.set(title=title, yticks=[], xticks=[])
+fig.suptitle("Numbers are tokens, colours are experts", fontsize=9, y=0.02)
+fig.tight_layout()
+fig
+
+# %% [markdown]
+# ## Forward and backward by hand
+#
+# On a CPU the best plan is to take one expert at a time through the *whole* MLP while its rows are in the
+# cache. Only the input of the activation, $h = [G x, U x]$, is kept for the backward; the rest is cheap to
+# compute again. With $a = \operatorname{silu}(g) \odot u$ and $\bar y$ the gradient of a token's output,
+#
+# $$\bar a = D^\top \bar y, \qquad \bar w = \langle \bar a, a \rangle, \qquad
+#   \bar D \mathrel{+}= \bar y\,(w a)^\top, \qquad
+#   \bar h = [\,w\,\bar a \odot u \odot \operatorname{silu}'(g),\; w\,\bar a \odot \operatorname{silu}(g)\,].$$
+#
+# $\bar w$ is the gradient of the router's weight. Taking it from $\langle \bar a, a\rangle$, rather than
+# from $\langle \bar y, D a \rangle$, needs no expert output to be stored or computed again; the two are
+# equal (the observation is SonicMoE's, arXiv 2512.14080).
+
+
+# %%
+#| export
+class ExpertMLP(torch.autograd.Function):
+    """`expert_mlp_reference` with each expert's rows contiguous and its backward written out."""
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        experts, top_k = gate_up.shape[0], expert_ids.shape[1]
+        flat = expert_ids.flatten()
+        order = torch.argsort(flat, stable=True)
+        rows = order // top_k
+        pair_weights = weights.flatten()[order, None].to(tokens.dtype)
+        # ends[0] counts the pairs of id -1: the first expert's run begins behind them.
+        ends = torch.bincount(flat + 1, minlength=experts + 1).cumsum(0).tolist()
+        pre = tokens.new_empty(len(order), gate_up.shape[1])
+        output = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
+        for expert in range(experts):
+            run = slice(ends[expert], ends[expert + 1])
+            if run.start == run.stop:
+                continue
+            torch.mm(tokens[rows[run]], gate_up[expert].t(), out=pre[run])
+            gate, up = pre[run].chunk(2, dim=-1)
+            activated = F.silu(gate).mul_(up).mul_(pair_weights[run])
+            output.index_add_(0, rows[run], (activated @ down[expert].t()).float())
+        ctx.save_for_backward(tokens, order, rows, pair_weights, pre, gate_up, down)
+        ctx.ends, ctx.weights_like = ends, weights
+        return output.to(tokens.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, order, rows, pair_weights, pre, gate_up, down = ctx.saved_tensors
+        grad_tokens = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
+        grad_weights = torch.zeros(len(order), dtype=torch.float32, device=tokens.device)
+        grad_gate_up, grad_down = torch.zeros_like(gate_up), torch.zeros_like(down)
+        for expert in range(gate_up.shape[0]):
+            run = slice(ctx.ends[expert], ctx.ends[expert + 1])
+            if run.start == run.stop:
+                continue
+            x, grad_y, w = tokens[rows[run]], grad[rows[run]], pair_weights[run]
+            gate, up = pre[run].chunk(2, dim=-1)
+            silu = F.silu(gate)
+            activated = silu * up
+            grad_activated = grad_y @ down[expert]
+            grad_weights[order[run]] = torch.linalg.vecdot(grad_activated.float(), activated.float())
+            torch.mm(grad_y.t(), activated.mul_(w), out=grad_down[expert])
+            grad_activated.mul_(w)
+            grad_pre = torch.empty_like(pre[run])
+            grad_gate, grad_up = grad_pre.chunk(2, dim=-1)
+            torch.mul(grad_activated, silu, out=grad_up)
+            grad_gate.copy_(torch.ops.aten.silu_backward(grad_activated.mul_(up), gate))
+            torch.mm(grad_pre.t(), x, out=grad_gate_up[expert])
+            grad_tokens.index_add_(0, rows[run], (grad_pre @ gate_up[expert]).float())
+        grad_weights = grad_weights.view(ctx.weights_like.shape).to(ctx.weights_like.dtype)
+        return grad_tokens.to(tokens.dtype), None, grad_weights, grad_gate_up, grad_down
+
+
+# %%
+def gradients(function, *inputs):
+    """Output of `function` and its gradients, for a fixed random gradient of the output."""
+    tokens, ids, weights, *matrices = inputs
+    leaves = [t.clone().requires_grad_() for t in (tokens, weights, *matrices)]
+    output = function(leaves[0], ids, leaves[1], *leaves[2:])
+    seed = torch.randn(output.shape, generator=torch.Generator().manual_seed(3), dtype=output.dtype)
+    return output, *torch.autograd.grad(output, leaves, seed)
+
+
+some_absent = expert_ids.clone()
+some_absent[::3, 0] = -1
+for ids in (expert_ids, some_absent, torch.zeros_like(expert_ids[:, :1])):
+    inputs = (tokens, ids, weights[:, : ids.shape[1]], gate_up, down)
+    for name, a, b in zip(
+        ("output", "tokens", "weights", "gate_up", "down"),
+        gradients(ExpertMLP.apply, *inputs),
+        gradients(expert_mlp_reference, *inputs),
+        strict=True,
+    ):
+        assert (a - b).norm() <= 1e-5 * b.norm(), name
+
+# %% [markdown]
+# On this machine, at the size of the tiny model's layer (forward and backward, the best of five):
+
+# %%
+import time
+
+torch.manual_seed(0)
+T, H, E, K, D = 2048, 256, 16, 2, 256
+tokens = torch.randn(T, H)
+gate_up, down = torch.randn(E, 2 * D, H) / H**0.5, torch.randn(E, H, D) / D**0.5
+weights, expert_ids = torch.softmax(torch.randn(T, E), dim=1).topk(K)
+flops = 18 * T * K * H * D  # three products of 2HD each, thrice: forward, input and weight gradients
+for name, function in (("reference loop", expert_mlp_reference), ("sorted, by hand", ExpertMLP.apply)):
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        gradients(function, tokens, expert_ids, weights, gate_up, down)
+        times.append(time.perf_counter() - start)
+    print(f"{name:16} {1e3 * min(times):6.1f} ms, {flops / min(times) / 1e9:5.0f} GFLOP/s")
+a = torch.randn(1024, 1024)
+times = []
+for _ in range(5):
+    start = time.perf_counter()
+    a @ a
+    times.append(time.perf_counter() - start)
+print(f"{'one dense product':16} {'':9} {2 * 1024**3 / min(times) / 1e9:6.0f} GFLOP/s: the ceiling")
+
+# %% [markdown]
+# ## The layer
+
+
+# %%
+#| export
+class Experts(nn.Module):
+    """`experts` SwiGLU MLPs of width `expert_hidden` over `hidden` features, in two stacked parameters."""
+
+    def __init__(self, hidden: int, experts: int, expert_hidden: int):
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(experts, 2 * expert_hidden, hidden))
+        self.down = nn.Parameter(torch.empty(experts, hidden, expert_hidden))
+
+    def forward(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum over each token's experts: (T, H). See `expert_mlp_reference` for shapes."""
+        gate_up, down = self.gate_up.to(tokens.dtype), self.down.to(tokens.dtype)
+        return ExpertMLP.apply(tokens, expert_ids, weights, gate_up, down)
+
+
+# %%
+layer = Experts(16, 4, 24)
+print(", ".join(f"{name} {tuple(p.shape)}" for name, p in layer.named_parameters()))
+
+# %% [markdown]
+# Next: the parts of the layer that are not an MLP: [linear](23_linear.py), [norm](24_norm.py),
+# [positions](25_rotary.py) and [attention](26_attention.py).

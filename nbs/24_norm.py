@@ -1,0 +1,110 @@
+# %% [markdown]
+# # RMSNorm
+#
+# > Scales every token's vector to unit root-mean-square before a layer reads it.
+#
+# The residual stream of a transformer grows as layers add to it. Each layer therefore reads a normalised
+# copy: divided by its root mean square, then scaled feature by feature with a learned $g$
+# (arXiv 1910.07467):
+#
+# $$y = g \odot \frac{x}{\sqrt{\tfrac{1}{H}\sum_i x_i^2 + \epsilon}}$$
+
+# %%
+#| default_exp layers.norm
+
+# %%
+#| export
+import torch
+from torch import Tensor, nn
+
+# %% [markdown]
+# The smallest true implementation is that line. The mean of squares is taken in float32 whatever the
+# input is: bfloat16 has 8 bits of mantissa, too few to sum thousands of squares.
+
+
+# %%
+def rms_norm_reference(x, weight, eps):
+    x32 = x.float()
+    return weight * (x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype)
+
+
+# %% [markdown]
+# ## With its backward by hand
+#
+# Autograd would keep four tensors of the size of $x$ and read each again. The gradient needs only $x$ and
+# one number a token, $r = 1/\sqrt{\tfrac1H\sum x_i^2+\epsilon}$. With $\hat x = r x$ and
+# $\bar{\hat x} = g \odot \bar y$,
+#
+# $$\bar x = r \left( \bar{\hat x} - \hat x\, \tfrac{1}{H} \langle \bar{\hat x}, \hat x \rangle \right),
+#   \qquad \bar g = \sum_{\text{tokens}} \bar y \odot \hat x.$$
+
+
+# %%
+#| export
+class RMSNormFunction(torch.autograd.Function):
+    """y = weight * x / rms(x) over the last axis, statistics in fp32. Source: arXiv 1910.07467."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x32 = x.float()
+        square = torch.linalg.vecdot(x32, x32).unsqueeze(-1)
+        inverse = torch.rsqrt(square / x.shape[-1] + eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return (x32 * inverse).to(x.dtype).mul_(weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        unit = x.float() * inverse
+        grad32 = grad.float()
+        grad_weight = torch.linalg.vecdot(grad32.flatten(0, -2), unit.flatten(0, -2), dim=0)
+        grad_unit = grad32 * weight
+        mean = torch.linalg.vecdot(grad_unit, unit).unsqueeze(-1) / x.shape[-1]
+        grad_x = grad_unit.addcmul_(unit, mean, value=-1).mul_(inverse)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+
+
+# %%
+#| export
+class RMSNorm(nn.Module):
+    """RMSNorm over the last axis, of `features` features."""
+
+    def __init__(self, features: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` (..., features); the dtype stays."""
+        return RMSNormFunction.apply(x, self.weight, self.eps)
+
+
+# %%
+torch.manual_seed(0)
+norm = RMSNorm(64, eps=1e-6)
+torch.nn.init.normal_(norm.weight)
+x = (3 * torch.randn(2, 5, 64)).requires_grad_()
+seed = torch.randn(2, 5, 64)
+ours = (norm(x), *torch.autograd.grad(norm(x), (x, norm.weight), seed))
+y = rms_norm_reference(x, norm.weight, 1e-6)
+for a, b in zip(ours, (y, *torch.autograd.grad(y, (x, norm.weight), seed)), strict=True):
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+# %% [markdown]
+# Before and after, for tokens of very different size:
+
+# %%
+import matplotlib.pyplot as plt
+
+sizes = torch.logspace(-2, 2, 40)
+stream = torch.randn(40, 64) * sizes[:, None]
+fig, ax = plt.subplots(figsize=(6, 3.2))
+for eps in (1e-6, 1e-2):
+    after = RMSNorm(64, eps)(stream).detach().square().mean(1).sqrt()
+    ax.loglog(stream.square().mean(1).sqrt(), after, "o-", ms=3, label=f"eps = {eps:g}")
+ax.set(title="RMSNorm flattens sizes, down to where eps begins", xlabel="rms before", ylabel="rms after")
+ax.legend()
+fig
+
+# %% [markdown]
+# Next: how attention learns where a token stands: [rotary positions](25_rotary.py).
