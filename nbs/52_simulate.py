@@ -104,6 +104,10 @@ def at(value: float | tuple[float, ...], stage: int) -> float:
 
 
 # %%
+#| export
+UNIT = Costs()  # one unit for each of F, I and W, and the rest free: the papers' usual picture
+
+# %%
 costs = Costs(forward=(1.0, 1.5), hidden=0.5)
 both = Action(Op.OVERLAP, parts=(Action(Op.FORWARD, 1, 4), Action(Op.BACKWARD, 0, 2)))
 print(f"{both} takes {costs.of(both)}: 1.5 + 2 - half of 1.5")
@@ -221,7 +225,7 @@ class _Rank:
 
 # %%
 #| export
-def simulate(schedule: Schedule, costs: Costs = Costs()) -> Timeline:
+def simulate(schedule: Schedule, costs: Costs = UNIT) -> Timeline:
     """Times a schedule, with or without explicit exchanges and gathers.
 
     Without exchanges, data reaches another rank `costs.send` after it was made. Raises ScheduleError, naming

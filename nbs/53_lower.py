@@ -36,12 +36,12 @@ from bisect import bisect_right
 from dataclasses import replace
 
 from pithtrain.parallel.pipeline.schedule import Action, Op, Schedule, ScheduleError, partner
-from pithtrain.parallel.pipeline.simulate import Costs, simulate
+from pithtrain.parallel.pipeline.simulate import UNIT, Costs, simulate
 
 
 # %%
 #| export
-def add_exchanges(schedule: Schedule, costs: Costs = Costs()) -> Schedule:
+def add_exchanges(schedule: Schedule, costs: Costs = UNIT) -> Schedule:
     """The same passes with their sends and receives between them, in the order of a simulation by `costs`.
 
     Neighbouring stages on one rank hand over without a transfer. The result is free of deadlock for any
@@ -168,7 +168,7 @@ print("two resident: ", *add_sharding(passes, resident=2).ranks[0])
 
 # %%
 #| export
-def lower(schedule: Schedule, costs: Costs = Costs(), resident: int | None = None) -> Schedule:
+def lower(schedule: Schedule, costs: Costs = UNIT, resident: int | None = None) -> Schedule:
     """A schedule that can be run: its passes with exchanges, gathers and reductions between them."""
     return add_sharding(add_exchanges(schedule, costs), resident)
 

@@ -28,7 +28,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from pithtrain.parallel.pipeline.schedule import Action, Op, Schedule
-from pithtrain.parallel.pipeline.simulate import Costs, Span, Timeline, simulate
+from pithtrain.parallel.pipeline.simulate import UNIT, Costs, Span, Timeline, simulate
 
 # %% [markdown]
 # ## Colours
@@ -139,7 +139,7 @@ def live_activations(ax: Axes, timeline: Timeline) -> None:
 
 # %%
 #| export
-def draw(schedule: Schedule, costs: Costs = Costs(), path: str | Path | None = None) -> Figure:
+def draw(schedule: Schedule, costs: Costs = UNIT, path: str | Path | None = None) -> Figure:
     """The picture of a schedule: its chart, the legend, and its live activations; saved where `path` says."""
     fig = draw_timelines([simulate(schedule, costs)], memory=True)
     if path is not None:

@@ -17,13 +17,13 @@
 from pithtrain.parallel.pipeline.generate import KINDS, generate
 from pithtrain.parallel.pipeline.lower import lower
 from pithtrain.parallel.pipeline.schedule import Schedule, ScheduleError
-from pithtrain.parallel.pipeline.simulate import Costs, closed_form, simulate
+from pithtrain.parallel.pipeline.simulate import UNIT, Costs, closed_form, simulate
 from pithtrain.parallel.pipeline.validate import validate
 
 
 # %%
 #| export
-def describe(schedule: Schedule, costs: Costs = Costs()) -> str:
+def describe(schedule: Schedule, costs: Costs = UNIT) -> str:
     """A table of one schedule: time, bubble and live activations per rank, and the closed form of its kind.
 
     The schedule is simulated as given. Raises ScheduleError if it is not valid.
@@ -67,7 +67,7 @@ print(describe(generate("dualpipev", pp=4, microbatches=16), Costs(hidden=0.4)))
 
 # %%
 #| export
-def compare(pp: int, microbatches: int, costs: Costs = Costs()) -> str:
+def compare(pp: int, microbatches: int, costs: Costs = UNIT) -> str:
     """A table of all kinds for one model; `costs` are of 1/pp of it, equal for all ranks.
 
     Schedules are simulated with their exchanges spelled out, so transfers cost what `costs.send` says.

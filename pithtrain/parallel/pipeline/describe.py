@@ -5,15 +5,15 @@
 # %% auto
 __all__ = ['describe', 'compare']
 
-# %% ../../../nbs/56_describe.py #imports@14f9b6da
+# %% ../../../nbs/56_describe.py #imports@1f850364
 from .generate import KINDS, generate
 from .lower import lower
 from .schedule import Schedule, ScheduleError
-from .simulate import Costs, closed_form, simulate
+from .simulate import UNIT, Costs, closed_form, simulate
 from .validate import validate
 
-# %% ../../../nbs/56_describe.py #describe@fa47c528
-def describe(schedule: Schedule, costs: Costs = Costs()) -> str:
+# %% ../../../nbs/56_describe.py #describe@76c9b284
+def describe(schedule: Schedule, costs: Costs = UNIT) -> str:
     """A table of one schedule: time, bubble and live activations per rank, and the closed form of its kind.
 
     The schedule is simulated as given. Raises ScheduleError if it is not valid.
@@ -41,8 +41,8 @@ def describe(schedule: Schedule, costs: Costs = Costs()) -> str:
         bubble += f"  {'none':>11}  ({error})"
     return "\n".join([*lines, bubble, peak, f"idle share       {share:9.1%}"])
 
-# %% ../../../nbs/56_describe.py #compare@1460a588
-def compare(pp: int, microbatches: int, costs: Costs = Costs()) -> str:
+# %% ../../../nbs/56_describe.py #compare@492ae4b1
+def compare(pp: int, microbatches: int, costs: Costs = UNIT) -> str:
     """A table of all kinds for one model; `costs` are of 1/pp of it, equal for all ranks.
 
     Schedules are simulated with their exchanges spelled out, so transfers cost what `costs.send` says.

@@ -5,7 +5,7 @@
 # %% auto
 __all__ = ['colour', 'gantt', 'live_activations', 'draw', 'draw_timelines', 'caption', 'legend']
 
-# %% ../../../nbs/55_draw.py #imports@cc1b2fdf
+# %% ../../../nbs/55_draw.py #imports@07c3b1c6
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -17,7 +17,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from .schedule import Action, Op, Schedule
-from .simulate import Costs, Span, Timeline, simulate
+from .simulate import UNIT, Costs, Span, Timeline, simulate
 
 # %% ../../../nbs/55_draw.py #colour@59398d1d
 def colour(action: Action, schedule: Schedule) -> tuple[float, float, float]:
@@ -95,8 +95,8 @@ def live_activations(ax: Axes, timeline: Timeline) -> None:
     if len(timeline.compute) <= 8:
         ax.legend(fontsize=7, ncols=len(timeline.compute), loc="lower center", frameon=False)
 
-# %% ../../../nbs/55_draw.py #draw@3f30c9f4
-def draw(schedule: Schedule, costs: Costs = Costs(), path: str | Path | None = None) -> Figure:
+# %% ../../../nbs/55_draw.py #draw@21db9d40
+def draw(schedule: Schedule, costs: Costs = UNIT, path: str | Path | None = None) -> Figure:
     """The picture of a schedule: its chart, the legend, and its live activations; saved where `path` says."""
     fig = draw_timelines([simulate(schedule, costs)], memory=True)
     if path is not None:

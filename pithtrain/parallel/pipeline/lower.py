@@ -5,15 +5,15 @@
 # %% auto
 __all__ = ['add_exchanges', 'add_sharding', 'lower']
 
-# %% ../../../nbs/53_lower.py #imports@73146edc
+# %% ../../../nbs/53_lower.py #imports@c43fa3fc
 from bisect import bisect_right
 from dataclasses import replace
 
 from .schedule import Action, Op, Schedule, ScheduleError, partner
-from .simulate import Costs, simulate
+from .simulate import UNIT, Costs, simulate
 
-# %% ../../../nbs/53_lower.py #add_exchanges@45cce09f
-def add_exchanges(schedule: Schedule, costs: Costs = Costs()) -> Schedule:
+# %% ../../../nbs/53_lower.py #add_exchanges@ef896c3a
+def add_exchanges(schedule: Schedule, costs: Costs = UNIT) -> Schedule:
     """The same passes with their sends and receives between them, in the order of a simulation by `costs`.
 
     Neighbouring stages on one rank hand over without a transfer. The result is free of deadlock for any
@@ -83,7 +83,7 @@ def _shard_rank(actions: tuple[Action, ...], resident: int | None) -> tuple[Acti
         result += [action] if action else []
     return tuple(result)
 
-# %% ../../../nbs/53_lower.py #lower@0d8022d9
-def lower(schedule: Schedule, costs: Costs = Costs(), resident: int | None = None) -> Schedule:
+# %% ../../../nbs/53_lower.py #lower@136b7fe7
+def lower(schedule: Schedule, costs: Costs = UNIT, resident: int | None = None) -> Schedule:
     """A schedule that can be run: its passes with exchanges, gathers and reductions between them."""
     return add_sharding(add_exchanges(schedule, costs), resident)
