@@ -1,0 +1,134 @@
+# %% [markdown]
+# # Triton, with and without a GPU
+#
+# > What every kernel file shares: Triton if it is there, its interpreter if there is no GPU, and plain errors.
+#
+# A GPU kernel is a small program run by thousands of *program instances*, each on a tile of the data.
+# [Triton](https://triton-lang.org) lets us write it in Python: a function decorated with `triton.jit` in
+# which `tl.load` brings a tile in, `tl.dot` multiplies tiles and `tl.store` writes a tile out.
+#
+# Three kinds of machine import these files:
+#
+# | machine | Triton | what runs |
+# |---|---|---|
+# | a GPU | compiles | the kernels |
+# | a laptop with `pip install pithtrain[kernels]` | interprets | the very same kernels, slowly, tile by tile in NumPy |
+# | neither | absent | the PyTorch reference that stands beside every kernel |
+#
+# The middle row is why kernels can be proved right without a GPU. The interpreter has to be chosen before
+# Triton is first imported, and that is all this module does beyond two checks.
+
+# %%
+#| default_exp kernels.lang
+
+# %%
+#| export
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+# %%
+#| export
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# %% [markdown]
+# Where Triton is absent, decorated functions must still be *definable*, so that a kernel file can be
+# imported for its reference. `triton.jit` then returns its function untouched and `tl` offers the one name
+# used in signatures.
+
+# %%
+#| export
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+else:
+
+    class triton:
+        """Stand-in for a Triton that is not installed."""
+
+        jit = staticmethod(lambda function: function)
+
+    class tl:
+        """Stand-in for triton.language."""
+
+        constexpr = None
+
+    TensorDescriptor = None
+
+INTERPRETED = HAS_TRITON and bool(triton.knobs.runtime.interpret)
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    _patch_lang_tensor = interpreter._patch_lang_tensor
+
+    def _patch_with_index(tensor, scope):
+        _patch_lang_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    # Triton 3.6 turns a loop bound into an int by int(array), which NumPy refuses from 2.4 on
+    interpreter._patch_lang_tensor = _patch_with_index
+
+
+# %% [markdown]
+# `runs_triton` decides which implementation runs; `want` is how a kernel refuses its arguments: by name,
+# in one line, before anything is launched.
+
+
+# %%
+#| export
+def runs_triton(tensor: Tensor) -> bool:
+    """Whether kernels can take `tensor`: on CUDA compiled, on the CPU under the interpreter."""
+    return HAS_TRITON and (INTERPRETED if tensor.device.type == "cpu" else tensor.is_cuda)
+
+
+# %%
+print(f"Triton here: {HAS_TRITON}, interpreted: {INTERPRETED}, takes a CPU tensor: {runs_triton(torch.ones(1))}")
+
+
+# %%
+#| export
+def want(name: str, tensor: Tensor, shape: tuple, dtypes: tuple, device: torch.device) -> None:
+    """Raise a one-line TypeError or ValueError unless `tensor` has this shape, one of these dtypes and this device."""
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} is {tensor.dtype}; want one of {', '.join(map(str, dtypes))}")
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; want {tuple(shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; want {device}, where the tokens are")
+
+
+# %%
+for wrong in (torch.zeros(3, 4, dtype=torch.int8), torch.zeros(4, 3)):
+    try:
+        want("gate_up", wrong, (3, 4), (torch.float32, torch.bfloat16), torch.device("cpu"))
+    except (TypeError, ValueError) as error:
+        print(f"{type(error).__name__}: {error}")
+
+# %% [markdown]
+# ## A first kernel
+#
+# To read the kernels that follow, one example is enough. Each program instance owns `BLOCK` elements; the
+# mask keeps the last one inside the array. On a GPU the instances run at once, here one after the other.
+
+
+# %%
+@triton.jit
+def scale_kernel(x_ptr, out_ptr, factor, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + i, factor * tl.load(x_ptr + i, mask=i < n), mask=i < n)
+
+
+x = torch.arange(10.0)
+out = torch.full_like(x, float("nan"))
+if runs_triton(x):
+    scale_kernel[(3,)](x, out, 2.0, 10, BLOCK=4)
+    print(out)
+    assert torch.equal(out, 2 * x)
+
+# %% [markdown]
+# Next: the first real one, a [counting sort](11_sort.py) that brings the tokens of one expert together.

@@ -1,0 +1,325 @@
+# %% [markdown]
+# # The router in one pass
+#
+# > Logits, softmax or sigmoid, top-k, weights and load counts of a block of tokens without leaving the chip.
+#
+# The router's arithmetic is small: $T \times E \times H$ multiply-adds, a fraction of a percent of what the
+# experts do. What it costs is traffic and launches. In plain PyTorch the $(T, E)$ table of logits is written
+# and read by a product, a cast, a softmax, a top-k, a gather, a sum, a division and a count. Here a program
+# holds the logits of 64 tokens for *all* experts in registers, and writes each result once:
+#
+# ```
+# hidden (64, H) ─┐
+#                 ├─ product in fp32 ─▶ scores (64, E) ─┬─▶ probs (T, E) fp32, for balance losses and backward
+# router (E, H) ──┘        in registers                 ├─▶ K times: take the best, strike it out
+#                                                       │        └─▶ expert_ids, weights (T, K)
+#                                                       └─▶ counts (E,): how many tokens chose each expert
+# ```
+
+# %%
+#| default_exp kernels.router
+
+# %%
+#| export
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pithtrain.kernels.lang import INTERPRETED, runs_triton, tl, triton, want
+
+# %% [markdown]
+# ## The maths
+#
+# For a token $x$ and router rows $r_e$, with *scores* $p = \mathrm{softmax}(Rx)$ or $p = \sigma(Rx)$:
+#
+# $$S = \operatorname{top\text{-}k}_e(p_e + b_e), \qquad w_e = \lambda\, \frac{p_e}{\sum_{j \in S} p_j} \quad
+#   \text{or} \quad w_e = \lambda\, p_e .$$
+#
+# $b$ is a bias that steers the choice to keep experts equally busy (DeepSeek-V3, arXiv 2412.19437); it has no
+# part in the weights and gets no gradient. Logits are summed and kept in fp32, whatever the inputs: experts
+# that differ in the fourth digit must not tie.
+
+
+# %%
+#| export
+class Routing(NamedTuple):
+    """Where tokens go. T tokens, K = top_k, E experts."""
+
+    weights: Tensor  #: (T, K) fp32, what each chosen expert's output is multiplied by
+    expert_ids: Tensor  #: (T, K) int64, the chosen experts, best first
+    probs: Tensor  #: (T, E) fp32, softmax or sigmoid scores, differentiable, for balance losses
+    counts: Tensor  #: (E,) int32, how many tokens chose each expert
+
+
+# %%
+#| export
+def reference_route(
+    hidden: Tensor, router_weight: Tensor, top_k: int, bias: Tensor | None = None,
+    renormalise: bool = True, sigmoid: bool = False, scale: float = 1.0,
+) -> Routing:  # fmt: skip
+    """`route` in plain PyTorch, in fp32 or, for float64 inputs, in float64."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logits = hidden.to(wide) @ router_weight.to(wide).T
+    probs = logits.sigmoid() if sigmoid else logits.softmax(-1)
+    chosen = probs.detach() if bias is None else probs.detach() + bias
+    expert_ids = chosen.topk(top_k).indices
+    weights = probs.gather(1, expert_ids)
+    if renormalise:
+        weights = weights / weights.sum(-1, keepdim=True)
+    counts = torch.bincount(expert_ids.flatten(), minlength=len(router_weight)).int()
+    return Routing(weights * scale, expert_ids, probs, counts)
+
+
+# %%
+torch.manual_seed(0)
+hidden, router_weight = torch.randn(40, 16), torch.randn(6, 16) / 4
+routing = reference_route(hidden, router_weight, top_k=2)
+for t in range(3):
+    print(f"token {t}: experts {routing.expert_ids[t].tolist()} with weights {routing.weights[t].tolist()}")
+print("load", routing.counts.tolist())
+
+# %% [markdown]
+# ## Forward
+#
+# Experts are padded to a power of two with logits of minus infinity. Top-k is $K$ rounds of "take the largest,
+# strike it out": with $K \le 8$ and everything in registers that beats a sort. Counts are added with integer
+# atomics, whose order does not matter.
+
+
+# %%
+#| export
+@triton.jit
+def route_kernel(
+    x_ptr, weight_ptr, bias_ptr, weights_ptr, id_ptr, prob_ptr, count_ptr, T, scale,
+    H: tl.constexpr, E: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, KW: tl.constexpr,
+    BIASED: tl.constexpr, RENORMALISE: tl.constexpr, SIGMOID: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Route BT tokens; WIDTH and KW are E and K rounded up to powers of two."""
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    e = tl.arange(0, WIDTH)
+    k = tl.arange(0, BK)
+    x_ptr += t.to(tl.int64)[:, None] * H + k[None, :]
+    weight_ptr += e[None, :] * H + k[:, None]
+    logits = tl.zeros([BT, WIDTH], tl.float32)
+    for start in range(0, H, BK):
+        x = tl.load(x_ptr + start, mask=(t[:, None] < T) & (k[None, :] + start < H), other=0.0)
+        w = tl.load(weight_ptr + start, mask=(e[None, :] < E) & (k[:, None] + start < H), other=0.0)
+        if x.dtype != w.dtype:
+            x, w = x.to(tl.float32), w.to(tl.float32)
+        logits = tl.dot(x, w, logits, input_precision="ieee")
+    logits = tl.where(e[None, :] < E, logits, float("-inf"))
+    if SIGMOID:
+        probs = tl.sigmoid(logits)
+    else:
+        probs = tl.exp(logits - tl.max(logits, 1)[:, None])
+        probs = probs / tl.sum(probs, 1)[:, None]
+    tl.store(prob_ptr + t[:, None] * E + e[None, :], probs, mask=(t[:, None] < T) & (e[None, :] < E))
+    left = probs
+    if BIASED:
+        left += tl.load(bias_ptr + e, mask=e < E, other=0.0)[None, :]
+    left = tl.where(e[None, :] < E, left, float("-inf"))
+    j = tl.arange(0, KW)
+    ids = tl.zeros([BT, KW], tl.int32)
+    weights = tl.zeros([BT, KW], tl.float32)
+    for n in tl.static_range(K):
+        best = tl.minimum(tl.argmax(left, 1), E - 1)  # NaN scores must not name an expert that is not there
+        struck = e[None, :] == best[:, None]
+        left = tl.where(struck, float("-inf"), left)
+        ids = tl.where(j[None, :] == n, best[:, None], ids)
+        weights = tl.where(j[None, :] == n, tl.sum(tl.where(struck, probs, 0.0), 1)[:, None], weights)
+    taken = (left == float("-inf")) & (e[None, :] < E) & (t[:, None] < T)
+    tl.atomic_add(count_ptr + e, tl.sum(taken.to(tl.int32), 0), mask=e < E, sem="relaxed")
+    if RENORMALISE:
+        weights = weights / tl.sum(weights, 1)[:, None]
+    at = t[:, None] * K + j[None, :]
+    mask = (t[:, None] < T) & (j[None, :] < K)
+    tl.store(weights_ptr + at, weights * scale, mask=mask)
+    tl.store(id_ptr + at, ids.to(tl.int64), mask=mask)
+
+
+# %% [markdown]
+# ## Backward
+#
+# Given gradients $\bar w$ of the weights and, if a balance loss asks, $\bar p$ of the scores: through the
+# renormalisation, with $q_e = p_e / \sum_S p$,
+#
+# $$\bar p_e \mathrel{+}= \frac{\lambda}{\sum_S p}\Bigl(\bar w_e - \sum_{j \in S} \bar w_j q_j\Bigr), \qquad
+#   \bar \ell = p \odot \bigl(\bar p - \langle p, \bar p\rangle\bigr) \;\text{(softmax)}, \qquad
+#   \bar \ell = \bar p \odot p (1 - p) \;\text{(sigmoid)},$$
+#
+# and two ordinary matrix products bring $\bar\ell$ to the tokens and to the router.
+
+
+# %%
+#| export
+@triton.jit
+def route_gradient_kernel(
+    prob_ptr, id_ptr, d_weights_ptr, d_prob_ptr, d_logit_ptr, T, scale,
+    E: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr,
+    DENSE: tl.constexpr, RENORMALISE: tl.constexpr, SIGMOID: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """d_logits (T, E) from the gradients of weights (T, K) and, if DENSE, of probs (T, E)."""
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    e = tl.arange(0, WIDTH)
+    at = t[:, None] * E + e[None, :]
+    mask = (t[:, None] < T) & (e[None, :] < E)
+    probs = tl.load(prob_ptr + at, mask=mask, other=0.0)
+    d_chosen = tl.zeros([BT, WIDTH], tl.float32)
+    chosen = tl.zeros([BT, WIDTH], tl.float32)
+    for n in tl.static_range(K):
+        hit = e[None, :] == tl.load(id_ptr + t * K + n, mask=t < T, other=-1)[:, None]
+        d_weight = tl.load(d_weights_ptr + t * K + n, mask=t < T, other=0.0) * scale
+        d_chosen = tl.where(hit, d_weight[:, None], d_chosen)
+        chosen = tl.where(hit, probs, chosen)
+    if RENORMALISE:
+        total = tl.sum(chosen, 1)[:, None]
+        total = tl.where(total > 0.0, total, 1.0)
+        mean = tl.sum(d_chosen * chosen, 1)[:, None] / total
+        d_chosen = tl.where(chosen > 0.0, (d_chosen - mean) / total, 0.0)
+    if DENSE:
+        d_chosen += tl.load(d_prob_ptr + at, mask=mask, other=0.0)
+    if SIGMOID:
+        d_logits = d_chosen * probs * (1.0 - probs)
+    else:
+        d_logits = probs * (d_chosen - tl.sum(probs * d_chosen, 1)[:, None])
+    tl.store(d_logit_ptr + at, d_logits.to(d_logit_ptr.dtype.element_ty), mask=mask)
+
+
+# %% [markdown]
+# One subtlety: an expert chosen with a score that underflowed to exactly zero gets no gradient through the
+# renormalisation. Its softmax gradient is zero anyway, being multiplied by $p$.
+
+
+# %%
+#| export
+class Route(torch.autograd.Function):
+    """`triton_route` with its gradients."""
+
+    @staticmethod
+    def forward(ctx, hidden, router_weight, top_k, bias, renormalise, sigmoid, scale):
+        (T, H), E = hidden.shape, len(router_weight)
+        width, small = max(16, triton.next_power_of_2(E)), INTERPRETED
+        weights, probs = (hidden.new_empty(T, n, dtype=torch.float32) for n in (top_k, E))
+        expert_ids = torch.empty(T, top_k, dtype=torch.int64, device=hidden.device)
+        counts = torch.zeros(E, dtype=torch.int32, device=hidden.device)
+        exact = torch.float32 in (hidden.dtype, router_weight.dtype)
+        rows = 16 if small or exact or width > 256 else 64
+        route_kernel[(triton.cdiv(T, rows),)](
+            hidden, router_weight, bias, weights, expert_ids, probs, counts, T, scale,
+            H, E, top_k, width, triton.next_power_of_2(top_k),
+            bias is not None, renormalise, sigmoid, rows, 16 if small or exact else 64, num_warps=4,
+        )  # fmt: skip
+        ctx.save_for_backward(hidden, router_weight, expert_ids, probs)
+        ctx.mark_non_differentiable(expert_ids, counts)
+        ctx.set_materialize_grads(False)
+        ctx.rule = (renormalise, sigmoid, scale)
+        return weights, expert_ids, probs, counts
+
+    @staticmethod
+    def backward(ctx, d_weights, _ids, d_probs, _counts):
+        hidden, router_weight, expert_ids, probs = ctx.saved_tensors
+        renormalise, sigmoid, scale = ctx.rule
+        (T, E), K = probs.shape, expert_ids.shape[1]
+        d_weights = probs.new_zeros(T, K) if d_weights is None else d_weights.contiguous()
+        dense = d_probs is not None
+        dtype = torch.promote_types(hidden.dtype, router_weight.dtype)
+        d_logits = torch.empty_like(probs, dtype=dtype)
+        rows = 16
+        route_gradient_kernel[(triton.cdiv(T, rows),)](
+            probs, expert_ids, d_weights, d_probs.contiguous() if dense else None, d_logits, T, scale,
+            E, K, max(16, triton.next_power_of_2(E)), dense, renormalise, sigmoid, rows, num_warps=4,
+        )  # fmt: skip
+        d_hidden = (d_logits @ router_weight.to(dtype)).to(hidden.dtype) if ctx.needs_input_grad[0] else None
+        d_router = (d_logits.T @ hidden.to(dtype)).to(router_weight.dtype) if ctx.needs_input_grad[1] else None
+        return d_hidden, d_router, None, None, None, None, None
+
+
+# %%
+#| export
+def triton_route(
+    hidden: Tensor, router_weight: Tensor, top_k: int, bias: Tensor | None = None,
+    renormalise: bool = True, sigmoid: bool = False, scale: float = 1.0,
+) -> Routing:  # fmt: skip
+    """`route` by the kernels, whatever the device. Raises TypeError or ValueError, one line, on bad arguments."""
+    (T, H), E, device = hidden.shape, len(router_weight), hidden.device
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    if not runs_triton(hidden):
+        raise ValueError(f"hidden is on {device}; the Triton router wants CUDA, or Triton's interpreter on the CPU")
+    want("hidden", hidden, (T, H), dtypes, device)
+    want("router_weight", router_weight, (E, H), dtypes, device)
+    if bias is not None:
+        want("bias", bias, (E,), (torch.float32,), device)
+        bias = bias.contiguous()
+    if not 1 <= top_k <= E:
+        raise ValueError(f"top_k is {top_k}; want 1 to {E}, the number of experts")
+    if T == 0:
+        return reference_route(hidden, router_weight, top_k, bias, renormalise, sigmoid, scale)
+    return Routing(
+        *Route.apply(hidden.contiguous(), router_weight.contiguous(), top_k, bias, renormalise, sigmoid, scale)
+    )
+
+
+# %% [markdown]
+# The kernel against the reference in float64, outputs and gradients, in every combination of its options:
+
+
+# %%
+def worst_error(T, H, E, K, **options):
+    torch.manual_seed(0)
+    x, r = torch.randn(T, H, requires_grad=True), (torch.randn(E, H) / H**0.5).requires_grad_()
+    x64, r64 = (t.detach().double().requires_grad_() for t in (x, r))
+    ours, true = triton_route(x, r, K, **options), reference_route(x64, r64, K, **options)
+    assert torch.equal(ours.expert_ids, true.expert_ids) and torch.equal(ours.counts, true.counts)
+    dw, dp = torch.randn(T, K), torch.randn(T, E)
+    ((ours.weights * dw).sum() + (ours.probs * dp).sum()).backward()
+    ((true.weights * dw).sum() + (true.probs * dp).sum()).backward()
+    pairs = [(ours.weights, true.weights), (ours.probs, true.probs), (x.grad, x64.grad), (r.grad, r64.grad)]
+    return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+
+
+if INTERPRETED:
+    for renormalise in (True, False):
+        for sigmoid in (True, False):
+            for bias in (None, torch.randn(11)):
+                error = worst_error(37, 40, 11, 3, renormalise=renormalise, sigmoid=sigmoid, bias=bias, scale=2.5)
+                print(f"renormalise {renormalise!s:5}  sigmoid {sigmoid!s:5}  bias {bias is not None!s:5}  {error:.1e}")
+                assert error < 1e-5
+
+# %% [markdown]
+# ## Which runs when
+
+
+# %%
+#| export
+def route(
+    hidden: Tensor, router_weight: Tensor, top_k: int, bias: Tensor | None = None,
+    renormalise: bool = True, sigmoid: bool = False, scale: float = 1.0,
+) -> Routing:  # fmt: skip
+    """Route `hidden` (T, H) by `router_weight` (E, H): the kernels on CUDA, the reference elsewhere.
+
+    Scores are the softmax over experts, or the sigmoid; `bias` (E,) float32 is added for the choice alone. The
+    weights are the chosen scores, divided by their sum if `renormalise`, times `scale`. Differentiable in
+    `hidden` and `router_weight` through `weights` and `probs`.
+    """
+    run = triton_route if hidden.is_cuda and runs_triton(hidden) else reference_route
+    return run(hidden, router_weight, top_k, bias, renormalise, sigmoid, scale)
+
+
+# %% [markdown]
+# What the selection bias does: raise one expert's bias and watch tokens move to it, while the weights of the
+# tokens it had before stay what they were.
+
+# %%
+import matplotlib.pyplot as plt
+
+lifts = torch.linspace(0, 0.4, 21)
+loads = torch.stack([route(hidden, router_weight, 2, bias=torch.eye(6)[0] * lift).counts for lift in lifts])
+fig, ax = plt.subplots(figsize=(6, 3))
+ax.stackplot(lifts, loads.T, labels=[f"expert {e}" for e in range(6)], alpha=0.7)
+ax.set(title="Load against the bias of expert 0", xlabel="bias of expert 0", ylabel="(token, expert) pairs")
+ax.legend(ncol=3, fontsize=8)
+fig
+
+# %% [markdown]
+# Next: the other end of the model, [the loss](14_cross_entropy.py).
