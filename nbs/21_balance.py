@@ -15,6 +15,9 @@
 import torch
 from torch import Tensor
 
+from pithtrain.config import BalanceConfig
+from pithtrain.layers.router import Routed
+
 # %% [markdown]
 # ## Load
 #
@@ -109,6 +112,40 @@ print("one microbatch of all four:  ", switch_loss(probs, expert_load(ids, 8)).i
 print("a microbatch of one sequence:", switch_loss(probs[:16], expert_load(ids[:16], 8)).item())
 print("sequence:                    ", sequence_loss(probs, ids, sequences=4).item())
 print("global over four microbatches:", switch_loss(probs[:16], expert_load(ids, 8)).item())
+
+# %% [markdown]
+# ## All of them, as the trainer wants it
+#
+# A run gives each scope a coefficient (mostly zero). The loss is the mean over layers, so that a
+# coefficient means the same in a shallow and in a deep model.
+
+
+# %%
+#| export
+def balance_loss(
+    routing: list[Routed], load: Tensor, load_so_far: Tensor, sequences: int, coefficients: BalanceConfig
+) -> Tensor:
+    """The weighted sum of the three forms for one microbatch, a scalar: the mean over layers.
+
+    `routing` has an entry a layer; `load` (layers, E) is the microbatch's, `load_so_far` (layers, E) that of
+    the whole step up to and with this microbatch; `sequences` equally long ones make up the microbatch.
+    """
+    total = torch.zeros((), device=load.device)
+    for routed, own, step_load in zip(routing, load, load_so_far, strict=True):
+        if coefficients.micro_batch:
+            total = total + coefficients.micro_batch * switch_loss(routed.probs, own)
+        if coefficients.sequence:
+            total = total + coefficients.sequence * sequence_loss(routed.probs, routed.expert_ids, sequences)
+        if coefficients.global_batch:
+            total = total + coefficients.global_batch * switch_loss(routed.probs, step_load)
+    return total / len(routing)
+
+
+# %%
+routed = Routed(probs, ids, probs)
+load = expert_load(ids, 8)[None]
+for coefficients in (BalanceConfig(sequence=0.01, global_batch=0.0), BalanceConfig(global_batch=0.01)):
+    print(coefficients, round(balance_loss([routed], load, load, 4, coefficients).item(), 4))
 
 # %% [markdown]
 # ## Without a loss

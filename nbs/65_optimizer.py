@@ -1,0 +1,98 @@
+# %% [markdown]
+# # Optimizer and learning rate
+#
+# > AdamW with weight decay on matrices only, and a warmup-stable-decay learning rate.
+
+# %%
+#| default_exp train.optimizer
+
+# %%
+#| export
+import torch
+from torch import nn
+
+from pithtrain.config import OptimizerConfig
+
+# %% [markdown]
+# ## AdamW
+#
+# Adam divides each gradient's running mean by the root of its running square; AdamW
+# (arXiv 1711.05101) shrinks the weights *beside* that, by $\eta\lambda\theta$, where plain Adam with an
+# $L_2$ penalty would shrink the most-used weights the least:
+#
+# $$m \leftarrow \beta_1 m + (1-\beta_1) g, \quad v \leftarrow \beta_2 v + (1-\beta_2) g^2, \quad
+#   \theta \leftarrow (1 - \eta\lambda)\,\theta - \eta\, \frac{\hat m}{\sqrt{\hat v} + \epsilon}.$$
+#
+# One step of it, written out, against torch's fused implementation:
+
+# %%
+torch.manual_seed(0)
+theta, g = torch.randn(4), torch.randn(4)
+eta, lam, beta1, beta2, eps = 0.1, 0.5, 0.9, 0.95, 1e-8
+m, v = (1 - beta1) * g, (1 - beta2) * g**2
+by_hand = (1 - eta * lam) * theta - eta * (m / (1 - beta1)) / ((v / (1 - beta2)).sqrt() + eps)
+
+parameter = nn.Parameter(theta.clone())
+parameter.grad = g
+torch.optim.AdamW([parameter], lr=eta, betas=(beta1, beta2), eps=eps, weight_decay=lam, fused=True).step()
+torch.testing.assert_close(parameter.data, by_hand)
+
+# %% [markdown]
+# Decay makes sense for matrices, whose size a following norm forgets anyway. A norm's scale that is
+# decayed towards zero silences its layer, so vectors are left alone.
+
+
+# %%
+#| export
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over `model`: weight decay on parameters of two or more axes, none on vectors."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+    )
+
+
+# %%
+from pithtrain.config import ModelConfig
+from pithtrain.models.qwen3_moe import Qwen3Moe
+
+optimizer = make_optimizer(Qwen3Moe(ModelConfig()), OptimizerConfig())
+for group in optimizer.param_groups:
+    print(f"weight decay {group['weight_decay']}: {sum(p.numel() for p in group['params']):,} parameters")
+
+# %% [markdown]
+# ## Warmup, stable, decay
+#
+# The rate climbs linearly while Adam's running averages fill, stays at its peak for most of the run, and
+# falls linearly at the end (WSD: MiniCPM, arXiv 2404.06395). Where a cosine must know the last step from
+# the first, this schedule only needs to know it when the decay begins.
+
+
+# %%
+#| export
+def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
+    """The learning rate of `step`, counted from 1 to `steps`. Source of the form: arXiv 2404.06395."""
+    if step <= config.warmup:
+        return config.learning_rate * step / config.warmup
+    decay_steps = config.decay * steps
+    left = 1.0 if decay_steps == 0 else min(1.0, (steps - step) / decay_steps)
+    return config.learning_rate * (config.final + (1 - config.final) * left)
+
+
+# %%
+import matplotlib.pyplot as plt
+
+fig, ax = plt.subplots(figsize=(6, 2.8))
+for decay, final in ((0.4, 0.0), (0.2, 0.1)):
+    config = OptimizerConfig(warmup=20, decay=decay, final=final)
+    ax.plot([learning_rate(s, 200, config) for s in range(1, 201)], label=f"decay {decay:g}, final {final:g}")
+ax.set(title="Warmup, stable, decay", xlabel="step", ylabel="learning rate")
+ax.legend()
+fig
+
+# %% [markdown]
+# Next: how a run survives being interrupted: [checkpoints](66_checkpoint.py).

@@ -1,0 +1,210 @@
+# %% [markdown]
+# # Checkpoints
+#
+# > Everything a run needs to go on, saved so that a kill at any moment leaves the last one whole.
+#
+# A checkpoint holds the weights, the optimiser's two running averages, the routers' selection biases and
+# the number of the step. The order of the data is a function of the step ([batches](63_batches.py)) and
+# nothing else is random, so that is all: a resumed run ends with the very weights, bit for bit, that an
+# uninterrupted one has.
+#
+# torch's distributed checkpoint (DCP) writes them. It stores each tensor under its global name,
+# `model.layers.3.experts.down` with all experts in it, whatever piece of it a rank holds; so what one
+# mesh saved, any other can load.
+
+# %%
+#| default_exp train.checkpoint
+
+# %%
+#| export
+import errno
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from pithtrain.config import UserError
+
+# %% [markdown]
+# ## Names
+#
+# A checkpoint is a folder, `step-00000200`. While it is being written it has another name, so a folder
+# with the right name is always whole.
+
+
+# %%
+#| export
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the whole checkpoints in `folder`, ascending."""
+    if not folder.is_dir():
+        return []
+    matches = (re.fullmatch(r"step-(\d{8})", path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+# %%
+#| export
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is kept."""
+    return folder / f"step-{step:08d}"
+
+
+# %% [markdown]
+# ## Saving
+#
+# Write beside, flush to the disk, rename, and only then drop old ones. A disk that fills up on the way
+# costs the new checkpoint, never an old one.
+
+
+# %%
+#| export
+def disk_full(error: BaseException | None) -> bool:
+    """Whether `error`, or what it was raised from or wraps, says that no space is left."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if isinstance(error, dcp.api.CheckpointException):
+            return any(disk_full(wrapped[0]) for wrapped in error.failures.values())
+        if "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+# %%
+#| export
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Any]:
+    """What a checkpoint holds, under global names."""
+    weights, averages = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": averages, "step": torch.tensor(step)}
+
+
+# %%
+#| export
+def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> Path:
+    """Save the state after `step` and drop all but the newest `keep` checkpoints; return the new one's path.
+
+    Raises UserError where the disk is full; older checkpoints are then untouched.
+    """
+    target, partial = checkpoint_path(folder, step), folder / f".writing-{step:08d}"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
+            writer = dcp.FileSystemWriter(partial, sync_files=True)
+            dcp.save(training_state(model, optimizer, step), storage_writer=writer, no_dist=True)
+    except (Exception, dcp.api.CheckpointException) as error:  # the latter is a BaseException
+        shutil.rmtree(partial, ignore_errors=True)
+        if disk_full(error):
+            raise UserError(f"{folder}: the disk is full; free some space and run the same command again") from None
+        raise
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(partial, target)
+    for old in checkpoint_steps(folder)[:-keep]:
+        shutil.rmtree(checkpoint_path(folder, old))
+    return target
+
+
+# %%
+import tempfile
+
+from pithtrain.config import ModelConfig, OptimizerConfig
+from pithtrain.models.qwen3_moe import Qwen3Moe, initialise
+from pithtrain.train.optimizer import make_optimizer
+
+small = ModelConfig(hidden=32, heads=4, head_dim=8, experts=4, expert_hidden=16, vocab_size=300, layers=1)
+
+
+def new_run(seed):
+    model = Qwen3Moe(small)
+    initialise(model, 0.02, 1, seed)
+    return model, make_optimizer(model, OptimizerConfig())
+
+
+def some_step(model, optimizer, seed):
+    ids = torch.randint(300, (2, 8), generator=torch.Generator().manual_seed(seed))
+    model(ids)[0].square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+scratch = tempfile.TemporaryDirectory()
+folder = Path(scratch.name) / "checkpoints"
+model, optimizer = new_run(seed=0)
+for step in range(1, 5):
+    some_step(model, optimizer, step)
+    save_checkpoint(folder, step, model, optimizer, keep=2)
+for path in sorted(folder.rglob("*")):
+    print(path.relative_to(folder), f"{path.stat().st_size:,} bytes" if path.is_file() else "")
+
+# %% [markdown]
+# ## Loading
+#
+# DCP fills tensors in place, so a model and an optimiser are made first, and their own state says what is
+# expected. A missing, cut-off or altered file is reported as such.
+
+
+# %%
+#| export
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Load the checkpoint at `path` into `model` and `optimizer`; return its step.
+
+    Raises UserError where the checkpoint is damaged or holds other tensors than the model's.
+    """
+    state = training_state(model, optimizer, 0)
+    read_checkpoint(path, state)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return int(state["step"])
+
+
+# %%
+#| export
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Load only the weights of the checkpoint at `path` into `model`."""
+    state = {"model": model.state_dict()}
+    read_checkpoint(path, state)
+
+
+# %%
+#| export
+def read_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Fill the tensors of `state`, in place, from the checkpoint at `path`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
+            dcp.load(state, checkpoint_id=path, no_dist=True)
+    except (Exception, dcp.api.CheckpointException) as error:  # the latter is a BaseException
+        cause = error
+        if isinstance(error, dcp.api.CheckpointException):
+            cause = next(iter(error.failures.values()))[0]
+        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        raise UserError(
+            f"{path}: cannot be read ({reason}); delete this folder to go on from the checkpoint before it"
+        ) from None
+
+
+# %%
+other, other_optimizer = new_run(seed=1)
+assert load_checkpoint(checkpoint_path(folder, 4), other, other_optimizer) == 4
+for seed in (7, 8):  # both go on from here alike
+    some_step(model, optimizer, seed)
+    some_step(other, other_optimizer, seed)
+assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+damaged = next(checkpoint_path(folder, 4).glob("*.distcp"))
+damaged.write_bytes(damaged.read_bytes()[:100])
+try:
+    load_checkpoint(checkpoint_path(folder, 4), other, other_optimizer)
+except UserError as error:
+    print(str(error).replace(scratch.name, "RUN"))
+
+# %% [markdown]
+# Next: what a run says while it goes: [metrics](67_metrics.py).

@@ -1,0 +1,126 @@
+# %% [markdown]
+# # Metrics
+#
+# > One JSON object for each step, appended to a file that survives anything, and loggers beside it.
+#
+# A run's numbers go to `metrics.jsonl`, a line for each step, flushed as it is written. A text file can be
+# tailed, plotted, diffed and read by any tool; after a crash it is whole up to the last line.
+
+# %%
+#| default_exp train.metrics
+
+# %%
+#| export
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pithtrain.config import Config, UserError
+
+# %% [markdown]
+# ## The file
+#
+# A run that is resumed from step 100 repeats steps 101, 102, ... that were logged but not saved. Their
+# lines are dropped, so that each step stands in the file once.
+
+
+# %%
+#| export
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics file, in order; a last line that a crash cut off is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+# %%
+#| export
+def cut_metrics(path: Path, last_step: int) -> None:
+    """Drop what was logged after `last_step`."""
+    kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= last_step]
+    beside = path.with_suffix(".partial")
+    beside.write_text("".join(kept))
+    os.replace(beside, path)
+
+
+# %%
+import tempfile
+
+scratch = tempfile.TemporaryDirectory()
+path = Path(scratch.name) / "metrics.jsonl"
+path.write_text('{"step": 1, "loss": 8.3}\n{"step": 2, "loss": 8.1}\n{"step": 3, "lo')
+print(read_metrics(path))
+cut_metrics(path, last_step=1)
+print(path.read_text())
+
+# %% [markdown]
+# ## Loggers beside it
+#
+# TensorBoard and Weights & Biases are extras. Asking for one that is not installed is an error before any
+# work is done, not after it.
+
+
+# %%
+#| export
+class Metrics:
+    """Writes each step's numbers to `metrics.jsonl`, and to the loggers the config asks for."""
+
+    def __init__(self, config: Config, last_step: int):
+        for wanted, package in ((config.log.tensorboard, "tensorboard"), (config.log.wandb, "wandb")):
+            if wanted and find_spec(package) is None:
+                raise UserError(
+                    f"log.{package}: the package {package} is not installed; "
+                    f"pip install 'pithtrain[{package}]', or set log.{package} to false"
+                )
+        path = config.path / "metrics.jsonl"
+        cut_metrics(path, last_step)
+        self.file = path.open("a")
+        self.tensorboard = self.wandb = None
+        if config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(config.path / "tensorboard"), purge_step=last_step + 1)
+        if config.log.wandb:
+            import wandb
+
+            self.wandb = wandb.init(project="pithtrain", name=config.run.name, dir=config.path, resume="allow")
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Write one object; `record["step"]` is its step. Loggers get the numbers, not the lists."""
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        numbers = {key: value for key, value in record.items() if isinstance(value, int | float) and key != "step"}
+        if self.tensorboard is not None:
+            for key, value in numbers.items():
+                self.tensorboard.add_scalar(key, value, record["step"])
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=record["step"])
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self.file.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+# %%
+from pithtrain.config import RunConfig
+
+config = Config(run=RunConfig(name="demo", folder=scratch.name))
+config.path.mkdir()
+metrics = Metrics(config, last_step=0)
+for step in (1, 2):
+    metrics.log({"step": step, "loss": 9.0 - step, "load": [[0.5, 0.5]]})
+metrics.close()
+print((config.path / "metrics.jsonl").read_text())
+
+# %% [markdown]
+# Next: the [figures](68_figures.py) made from that file.

@@ -1,0 +1,136 @@
+# %% [markdown]
+# # The run folder
+#
+# > What a run leaves on disk, who may write to it, and how to open it again.
+#
+# Everything a run makes is in `runs/NAME/`:
+#
+# | file | holds |
+# |---|---|
+# | `config.toml` | the complete config, defaults and overrides resolved |
+# | `tokenizer.json` | the tokenizer its shards were made with |
+# | `metrics.jsonl` | one object a step |
+# | `checkpoints/step-XXXXXXXX/` | weights, optimiser, step |
+# | `results.json`, `*.png`, `sample.txt` | written at the end |
+#
+# The same command that started a run goes on with it. A *different* config under the same name is refused:
+# a run folder belongs to one config, and no run overwrites another's files.
+
+# %%
+#| default_exp train.run
+
+# %%
+#| export
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenizers import Tokenizer
+
+from pithtrain.config import Config, UserError, differences, load_config, to_toml
+from pithtrain.models.qwen3_moe import Qwen3Moe
+from pithtrain.train.checkpoint import checkpoint_path, checkpoint_steps, load_weights
+from pithtrain.train.tokenizer import load_tokenizer
+
+# %% [markdown]
+# ## Whose folder is it?
+
+
+# %%
+#| export
+def check_run_folder(config: Config) -> None:
+    """Refuse a run folder that holds something else than this config's run. Touches nothing."""
+    folder = config.path
+    if not folder.exists():
+        return
+    if not (folder / "config.toml").is_file():
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise UserError(f"{folder}: exists and is not a run (no config.toml); set run.name to another name")
+        return
+    if changed := differences(config, load_config(folder / "config.toml")):
+        raise UserError(
+            f"{folder}: belongs to a run with another config ({'; '.join(changed)}); "
+            "set run.name to another name, or delete the folder"
+        )
+
+
+# %%
+#| export
+def create_run_folder(config: Config, tokenizer: Path) -> None:
+    """Make the run's folder, or find it made, with the config and a copy of the tokenizer in it."""
+    config.path.mkdir(parents=True, exist_ok=True)
+    if not (config.path / "tokenizer.json").exists():
+        shutil.copyfile(tokenizer, config.path / "tokenizer.json")
+    # The config is written last: a folder that has one is a run.
+    beside = config.path / "config.toml.partial"
+    beside.write_text(to_toml(config))
+    beside.rename(config.path / "config.toml")
+
+
+# %%
+import tempfile
+
+from pithtrain.config import ModelConfig, RunConfig
+from pithtrain.train.tokenizer import save_tokenizer, train_tokenizer
+
+scratch = tempfile.TemporaryDirectory()
+tokenizer_path = Path(scratch.name) / "tokenizer.json"
+save_tokenizer(train_tokenizer(["def run(): return 1\n"] * 100, vocab_size=270), tokenizer_path)
+small = ModelConfig(hidden=32, heads=4, head_dim=8, experts=4, expert_hidden=16, vocab_size=270, layers=1)
+config = Config(run=RunConfig(name="demo", folder=scratch.name), model=small)
+check_run_folder(config)
+create_run_folder(config, tokenizer_path)
+check_run_folder(config)  # the same config: its own folder
+try:
+    check_run_folder(Config(run=RunConfig(name="demo", folder=scratch.name)))
+except UserError as error:
+    print(str(error).replace(scratch.name, "runs"))
+
+# %% [markdown]
+# ## Opening a run
+#
+# To use a trained model one needs its config, its tokenizer and its newest weights.
+
+
+# %%
+#| export
+class Run(NamedTuple):
+    """A trained run, opened."""
+
+    config: Config
+    tokenizer: Tokenizer
+    model: Qwen3Moe  #: on the CPU, fp32, with the newest checkpoint's weights
+    step: int
+
+
+# %%
+#| export
+def open_run(folder: Path) -> Run:
+    """Open the run in `folder` at its newest checkpoint. Raises UserError where there is none."""
+    if not (folder / "config.toml").is_file():
+        raise UserError(f"{folder}: not a run (no config.toml there); a run's folder is runs/NAME")
+    steps = checkpoint_steps(folder / "checkpoints")
+    if not steps:
+        raise UserError(f"{folder}: has no checkpoint yet; train it first")
+    config = load_config(folder / "config.toml")
+    model = Qwen3Moe(config.model)
+    load_weights(checkpoint_path(folder / "checkpoints", steps[-1]), model)
+    return Run(config, load_tokenizer(folder / "tokenizer.json"), model, steps[-1])
+
+
+# %%
+from pithtrain.config import OptimizerConfig
+from pithtrain.train.checkpoint import save_checkpoint
+from pithtrain.train.optimizer import make_optimizer
+
+try:
+    open_run(config.path)
+except UserError as error:
+    print(str(error).replace(scratch.name, "runs"))
+model = Qwen3Moe(small)
+save_checkpoint(config.path / "checkpoints", 7, model, make_optimizer(model, OptimizerConfig()), keep=1)
+run = open_run(config.path)
+print(f"step {run.step}, {sum(p.numel() for p in run.model.parameters()):,} parameters")
+
+# %% [markdown]
+# Next: [text out of it](70_generate.py).

@@ -1,0 +1,176 @@
+# %% [markdown]
+# # The command line
+#
+# > `pithtrain train`, `generate` and what else there is, answering at once and importing late.
+#
+# A command line should answer in the time it takes to ask. Importing torch takes seconds, so no command
+# imports it before it knows that it will be needed: help, versions and mistakes in a config come at once.
+
+# %%
+#| default_exp cli
+
+# %%
+#| export
+import argparse
+import sys
+from pathlib import Path
+
+import pithtrain
+from pithtrain.config import UserError, describe_settings, load_config
+
+# %% [markdown]
+# ## Overrides
+#
+# Any setting of the config can be given as `--section.key value` or `--section.key=value`. argparse would
+# need to know them all beforehand and would accept abbreviations; a loop over what is left is plainer and
+# leaves the checking to the config.
+
+
+# %%
+#| export
+def parse_overrides(arguments: list[str]) -> list[tuple[str, str]]:
+    """`--section.key value` and `--section.key=value` pairs as (key, text). Raises UserError for others."""
+    pairs = []
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("--"):
+            raise UserError(f"{argument}: unexpected; settings are given as --SECTION.KEY VALUE")
+        key, equals, text = argument[2:].partition("=")
+        if not equals and (text := next(rest, None)) is None:
+            raise UserError(f"{argument}: has no value; settings are given as --SECTION.KEY VALUE")
+        pairs.append((key, text))
+    return pairs
+
+
+# %%
+parse_overrides(["--train.steps", "500", "--run.name=wide"])
+
+# %% [markdown]
+# ## Commands
+#
+# Each is a function that imports what it needs.
+
+
+# %%
+#| export
+def train_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Train a run, or go on with it."""
+    config = load_config(arguments.config, parse_overrides(overrides))
+    from pithtrain.train.trainer import train
+
+    trained = train(config)
+    if trained.step < trained.steps:
+        print(f"stopped and saved at step {trained.step} of {trained.steps}; the same command goes on from there")
+        return 130
+    return 0
+
+
+# %%
+#| export
+def generate_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Print a prompt and what the model makes of it."""
+    if overrides:
+        raise UserError(f"{overrides[0]}: unexpected; pithtrain generate --help lists the options")
+    if not (arguments.run / "config.toml").is_file():
+        raise UserError(f"{arguments.run}: not a run (no config.toml there); a run's folder is runs/NAME")
+    from pithtrain.train.generate import generate
+    from pithtrain.train.run import open_run
+
+    run = open_run(arguments.run)
+    text = generate(
+        run.model,
+        run.tokenizer,
+        arguments.prompt,
+        arguments.tokens,
+        run.config.train.sequence_length,
+        arguments.temperature,
+        arguments.top_k,
+        arguments.seed,
+    )
+    print(text)
+    return 0
+
+
+# %% [markdown]
+# ## The parser
+
+
+# %%
+#| export
+def ranged(kind: type, low: float) -> object:
+    """An argparse type: a number of type `kind` that is at least `low`."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not value >= low:
+            raise argparse.ArgumentTypeError(f"{text} is out of range, expected at least {low}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+# %%
+#| export
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets `command` to its function."""
+    parser = argparse.ArgumentParser(prog="pithtrain", description=pithtrain.__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"pithtrain {pithtrain.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train a run, or go on with one that was interrupted",
+        usage="pithtrain train CONFIG [--SECTION.KEY VALUE ...]",
+        description="Train the run that a TOML config describes. Any setting can be overridden:\n\n"
+        + describe_settings(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    train.add_argument("config", type=Path, help="the run's TOML file, for one configs/tiny.toml")
+    train.set_defaults(command=train_command)
+
+    generate = commands.add_parser("generate", help="text from a trained run", allow_abbrev=False)
+    generate.add_argument("run", type=Path, help="the run's folder, runs/NAME")
+    generate.add_argument("--prompt", default="def ", help="text to go on from (default %(default)r)")
+    generate.add_argument("--tokens", type=ranged(int, 1), default=200, help="tokens at most (default %(default)s)")
+    generate.add_argument(
+        "--temperature", type=ranged(float, 0), default=0.8, help="0 takes the likeliest (default %(default)s)"
+    )
+    generate.add_argument(
+        "--top-k", type=ranged(int, 0), default=50, help="draw from so many; 0: all (default %(default)s)"
+    )
+    generate.add_argument("--seed", type=ranged(int, 0), default=0, help="seed of the draws (default %(default)s)")
+    generate.set_defaults(command=generate_command)
+    return parser
+
+
+# %%
+#| export
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; return its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    try:
+        known, overrides = make_parser().parse_known_args(arguments)
+        return known.command(known, overrides)
+    except UserError as error:
+        print(f"pithtrain: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pithtrain: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        sys.stderr.close()
+        return 141
+
+
+# %% [markdown]
+# A mistake is one line and exit code 2, and no torch was imported to find it:
+
+# %%
+print("exit code", main(["train", "configs/none.toml"]))
+print("exit code", main(["generate", "runs/none"]))
+
+# %%
+#| export
+if __name__ == "__main__":
+    sys.exit(main())
