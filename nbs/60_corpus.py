@@ -1,11 +1,3 @@
-# ---
-# jupyter:
-#   jupytext:
-#     text_representation:
-#       extension: .py
-#       format_name: percent
-# ---
-
 # %% [markdown]
 # # The corpus
 #
@@ -51,6 +43,7 @@ from pithtrain.config import UserError
 # A document keeps its place and fingerprint but not its text: a corpus may be larger than memory, and
 # text is read when it is tokenised.
 
+
 # %%
 #| export
 @dataclass(frozen=True)
@@ -77,9 +70,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}): make it readable or narrow data.pattern"
-        ) from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}): make it readable or narrow data.pattern") from None
 
 
 # %%
@@ -94,6 +85,7 @@ print(document.text())
 # %% [markdown]
 # Not every file that matches a pattern is text. Bytes that are not UTF-8 are no text to us, and a file with
 # a zero byte in it is a binary file that happens to decode.
+
 
 # %%
 #| export
@@ -114,6 +106,7 @@ print({sample: is_text(sample) for sample in (b"plain", "naïve ☃".encode(), b
 #
 # $h(d)$ places every name on the unit interval. Below $f$ it is held out.
 
+
 # %%
 #| export
 def split_position(name: str) -> float:
@@ -133,8 +126,8 @@ for name in ("ast.py", "json/decoder.py", "asyncio/tasks.py"):
 # | left out | because |
 # |---|---|
 # | `site-packages`, `__pycache__` | not the standard library; not source |
-# | `test`, `tests`, `idle_test` | two thirds of all text, much of it tables of expected values, and missing from many Linux distributions |
-# | `encodings`, `_sysconfigdata*` | generated tables; a hundred near-copies of one file would sit on both sides of the split |
+# | `test`, `tests`, `idle_test` | more than half of all text, and missing from many Linux distributions |
+# | `encodings`, `_sysconfigdata*` | generated: a hundred near-copies of one table on both sides of the split |
 # | `pydoc_data` | one generated file of 0.7 MB, which would be most of whichever split it fell into |
 
 # %%
@@ -163,6 +156,7 @@ for name in ("ast.py", "test/test_ast.py", "encodings/cp1250.py", "test.py"):
 # all names and contents that token shards carry, so that shards of yesterday's text are never taken for
 # shards of today's.
 
+
 # %%
 #| export
 @dataclass(frozen=True)
@@ -184,7 +178,7 @@ class Corpus:
 # %%
 #| export
 def find_corpus(folder: Path | None, pattern: str, held_out: float) -> Corpus:
-    """The documents below `folder` that match the glob `pattern` ("**/*.txt": at any depth).
+    """The documents below `folder`, at any depth, that match the glob `pattern` ("*.txt", "docs/*.md").
 
     With no folder: the Python standard library's own source. Files and folders whose name starts with a dot,
     and `__pycache__`, are passed over. `held_out` is the fraction of files held out, between 0 and 1.
@@ -195,9 +189,9 @@ def find_corpus(folder: Path | None, pattern: str, held_out: float) -> Corpus:
         problem = "is not a folder" if root.exists() else "no such folder"
         raise UserError(f"{root}: {problem}: set data.corpus to a folder of text files")
     try:
-        names = sorted(path.relative_to(root).as_posix() for path in root.glob(pattern) if path.is_file())
+        names = sorted(path.relative_to(root).as_posix() for path in root.rglob(pattern) if path.is_file())
     except (ValueError, NotImplementedError, IndexError):
-        raise UserError(f"data.pattern = {pattern!r}: not a relative glob: try '**/*.txt'") from None
+        raise UserError(f"data.pattern = {pattern!r}: not a relative glob: try '*.txt'") from None
     documents, empty, undecodable = [], 0, 0
     for name in names:
         hidden = any(part.startswith(".") or part == "__pycache__" for part in name.split("/"))
@@ -240,7 +234,7 @@ def find_corpus(folder: Path | None, pattern: str, held_out: float) -> Corpus:
 import time
 
 start = time.perf_counter()
-corpus = find_corpus(None, "**/*.py", held_out=0.05)
+corpus = find_corpus(None, "*.py", held_out=0.05)
 print(f"{corpus.description}, found in {time.perf_counter() - start:.2f} s")
 for split, documents in (("train", corpus.train), ("held out", corpus.held_out)):
     print(f"{split:10s} {len(documents):5d} documents {sum(d.size for d in documents) / 1e6:7.2f} MB")
@@ -259,15 +253,11 @@ fig, axis = plt.subplots(figsize=(8, 3.4))
 for documents, colour, label in ((corpus.train, "C0", "train"), (corpus.held_out, "C3", "held out")):
     positions = [split_position(d.name) for d in documents]
     axis.scatter(positions, [d.size for d in documents], s=9, color=colour, label=f"{label} ({len(documents)})")
-for d in corpus.held_out:
-    if d.size > 25_000:
-        axis.annotate(d.name, (split_position(d.name), d.size), fontsize=6, rotation=30)
 axis.axvline(0.05, color="black", linewidth=1)
 axis.set(yscale="log", xlabel="h(name)", ylabel="bytes", title="The held-out split follows from the name alone")
 axis.legend(loc="lower right")
 fig.tight_layout()
-fig;
-
+fig
 # %% [markdown]
 # Stability is worth an assertion: add a file to a folder, and every other file stays where it was.
 
@@ -294,6 +284,7 @@ with tempfile.TemporaryDirectory() as folder:
 # A tokenizer's merges settle after some tens of megabytes. For a large corpus it is trained on a sample:
 # documents in the order of their hash, until a number of bytes is reached. The standard library is
 # smaller than the limit that `pithtrain.train.shards` gives, so there the sample is everything.
+
 
 # %%
 #| export
