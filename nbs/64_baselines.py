@@ -37,8 +37,7 @@
 #
 # $$ Y = \frac{n_1}{n_1 + 2 n_2}, \qquad D_k = k - (k + 1)\, Y\, \frac{n_{k+1}}{n_k} \quad (k = 1, 2, 3) $$
 #
-# which estimates from the training counts alone by how much a count overstates itself on new text. The
-# insight of Kneser and Ney is that $q$ should not be $p_1$: it is consulted where the history is no help, so
+# so the discounts follow from the training counts alone, with nothing to tune. The insight of Kneser and Ney is that $q$ should not be $p_1$: it is consulted where the history is no help, so
 # it should say in how many *different* histories a token turns up, $t(w) = |\{h : c(h, w) > 0\}|$ of
 # $T = \sum_w t(w)$ pairs (with one added, so that no token is impossible):
 #
