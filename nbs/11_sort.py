@@ -234,7 +234,8 @@ if runs_triton(ids):
 def sort_pairs(expert_ids: Tensor, num_experts: int, tile_rows: int, num_pairs: int | None = None) -> Sorted:
     """Sort the pairs of `expert_ids` (T, K) int32 or int64 by expert, stably, without host synchronisation.
 
-    An id outside [0, num_experts), by custom -1, means "no expert here". Experts' rows are cut into tiles of `tile_rows`.
+    An id outside [0, num_experts), by custom -1, means "no expert here". Experts' rows are cut into tiles of
+    `tile_rows`.
     `num_pairs` is the number of ids that are not -1, if the host knows it; buffers are then that long.
     """
     sort = triton_sort_pairs if runs_triton(expert_ids) else reference_sort_pairs

@@ -381,7 +381,8 @@ if INTERPRETED:
 #   \bar u = w z \odot g s, \quad w a.$$
 #
 # It works through the accumulator in quarters, because registers are short: 128 x 256 sums in fp32 fill half
-# of them.
+# of them. For the same reason this kernel alone is not flattened: the fetches of the next tile would push the
+# epilogue's numbers out to memory, and it ran half as fast.
 #
 # One more duty: the weight-gradient kernel reads whole blocks of rows, and the last block may reach past the
 # last valid row. Those few rows are set to zero here, because 0 times an uninitialised NaN is NaN.
@@ -409,7 +410,7 @@ def activation_gradient_kernel(
             tl.store(scaled_ptr + row * I + columns, zero, mask=mask)
             tl.store(d_hidden_ptr + row * (2 * I) + columns, zero, mask=mask)
             tl.store(d_hidden_ptr + row * (2 * I) + columns + I, zero, mask=mask)
-    for tile in tl.range(tl.program_id(0), tl.load(first_tile_ptr + E) * ACROSS, PROGRAMS, flatten=True):
+    for tile in tl.range(tl.program_id(0), tl.load(first_tile_ptr + E) * ACROSS, PROGRAMS):
         e, row, end, block = locate(tile, ACROSS, tile_expert_ptr, first_tile_ptr, offset_ptr, BM)
         rows = row + tl.arange(0, BM)
         token = tl.load(pair_ptr + rows, mask=rows < end, other=0) // K
@@ -495,7 +496,8 @@ if INTERPRETED:
 # For each expert, (left rows)ᵀ (right rows), summed over its rows. One side is sorted and regular, the other is
 # gathered token by token: `d_gate_up` gathers tokens on the right, `d_down` gathers `grad` on the left. Here the
 # *inner* dimension is ragged, and a gathered row past the expert's end is masked to zero, which silences
-# whatever the regular side holds there.
+# whatever the regular side holds there. A gathered row costs an address, so the gathered side is the narrow one
+# of the tile.
 
 
 # %%
@@ -541,19 +543,57 @@ def weight_gradient(
     left, right = (per_token, rows) if gather_left else (rows, per_token)
     E, (M, N), programs = len(order.offsets) - 1, (left.shape[1], right.shape[1]), programs_on(rows)
     b = blocks or blocks_for(rows)
+    narrow, wide = min(b.rows, b.columns), max(b.rows, b.columns)
     out = rows.new_empty(E, M, N)
     weight_gradient_kernel[(programs,)](
-        TensorDescriptor.from_tensor(rows, [b.inner, b.columns if gather_left else b.rows]), per_token, order.pair,
+        TensorDescriptor.from_tensor(rows, [b.inner, wide]), per_token, order.pair,
         out, order.offsets, M, N, E, order.slot.shape[1], gather_left,
-        b.rows, b.columns, b.inner, programs, num_warps=b.warps, num_stages=b.stages + 1,
+        narrow if gather_left else wide, wide if gather_left else narrow, b.inner, programs,
+        num_warps=b.warps, num_stages=b.stages + 1,
     )  # fmt: skip
     return out
+
+
+# %% [markdown]
+# Gathering inside the product costs a share of the product; gathering beforehand costs one write and one read of
+# $(P, H)$. The larger the experts, the more the product weighs: from about 2,048 hidden units it is faster to
+# write the gathered tokens once (`dispatch`, the mirror image of `combine`) and to give them to PyTorch's own
+# grouped product.
+
+
+# %%
+#| export
+@triton.jit
+def dispatch_kernel(x_ptr, slot_ptr, out_ptr, H: tl.constexpr, K: tl.constexpr, BH: tl.constexpr):
+    """out[slot[t, k]] = x[t] for every k."""
+    t, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BH + tl.arange(0, BH)
+    x = tl.load(x_ptr + t * H + column, mask=column < H, other=0.0)
+    for k in tl.static_range(K):
+        slot = tl.load(slot_ptr + t * K + k).to(tl.int64)
+        tl.store(out_ptr + slot * H + column, x, mask=(column < H) & (slot >= 0))
+
+
+# %%
+#| export
+def dispatch(x: Tensor, order: Sorted) -> Tensor:
+    """Rows of x (T, H) copied to their places in expert order: (P, H)."""
+    (T, K), H = order.slot.shape, x.shape[1]
+    out, width = x.new_empty(len(order.pair), H), min(1024, triton.next_power_of_2(H))
+    dispatch_kernel[(T, triton.cdiv(H, width))](x, order.slot, out, H, K, width)
+    return out
+
+
+# %%
+if INTERPRETED:
+    assert torch.equal(dispatch(x.detach(), order), x.detach()[order.pair.long() // 2])
 
 
 # %%
 #| export
 def gate_up_gradient(d_hidden: Tensor, tokens: Tensor, order: Sorted) -> Tensor:
     """Gradient of gate_up (E, 2I, H), from what `input_gradients` left."""
+    if d_hidden.shape[1] >= 4096 and d_hidden.dtype == torch.bfloat16 and d_hidden.is_cuda:
+        return F.grouped_mm(d_hidden.T, dispatch(tokens, order), offs=order.offsets[1:])
     return weight_gradient(d_hidden, tokens, order, gather_left=False)
 
 

@@ -5,8 +5,8 @@
 # %% auto
 __all__ = ['reference_expert_mlp', 'locate', 'halves', 'up_kernel', 'Blocks', 'blocks_for', 'programs_on', 'up_projection',
            'product_kernel', 'grouped_product', 'combine_kernel', 'combine', 'activation_gradient_kernel',
-           'activation_gradient', 'input_gradients', 'weight_gradient_kernel', 'weight_gradient', 'gate_up_gradient',
-           'down_gradient', 'ExpertMLP', 'triton_expert_mlp', 'expert_mlp']
+           'activation_gradient', 'input_gradients', 'weight_gradient_kernel', 'weight_gradient', 'dispatch_kernel',
+           'dispatch', 'gate_up_gradient', 'down_gradient', 'ExpertMLP', 'triton_expert_mlp', 'expert_mlp']
 
 # %% ../../nbs/12_expert_mlp.py #imports@d0e6a564
 from typing import NamedTuple
@@ -200,7 +200,7 @@ def combine(y: Tensor, order: Sorted, weights: Tensor | None, partials: Tensor |
     )  # fmt: skip
     return out, d_weights
 
-# %% ../../nbs/12_expert_mlp.py #activation_gradient_kernel@9ebb7909
+# %% ../../nbs/12_expert_mlp.py #activation_gradient_kernel@aa4bb575
 @triton.jit
 def activation_gradient_kernel(
     grad_ptr, pair_ptr, down_desc, weight_ptr, hidden_ptr, d_hidden_ptr, scaled_ptr, partial_ptr,
@@ -221,7 +221,7 @@ def activation_gradient_kernel(
             tl.store(scaled_ptr + row * I + columns, zero, mask=mask)
             tl.store(d_hidden_ptr + row * (2 * I) + columns, zero, mask=mask)
             tl.store(d_hidden_ptr + row * (2 * I) + columns + I, zero, mask=mask)
-    for tile in tl.range(tl.program_id(0), tl.load(first_tile_ptr + E) * ACROSS, PROGRAMS, flatten=True):
+    for tile in tl.range(tl.program_id(0), tl.load(first_tile_ptr + E) * ACROSS, PROGRAMS):
         e, row, end, block = locate(tile, ACROSS, tile_expert_ptr, first_tile_ptr, offset_ptr, BM)
         rows = row + tl.arange(0, BM)
         token = tl.load(pair_ptr + rows, mask=rows < end, other=0) // K
@@ -313,7 +313,7 @@ def weight_gradient_kernel(
         at = e.to(tl.int64) * (M * N) + rows * N + columns
         tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=(rows < M) & (columns < N))
 
-# %% ../../nbs/12_expert_mlp.py #weight_gradient@d3bce334
+# %% ../../nbs/12_expert_mlp.py #weight_gradient@dc51d273
 def weight_gradient(
     rows: Tensor, per_token: Tensor, order: Sorted, gather_left: bool, blocks: Blocks | None = None
 ) -> Tensor:
@@ -321,17 +321,39 @@ def weight_gradient(
     left, right = (per_token, rows) if gather_left else (rows, per_token)
     E, (M, N), programs = len(order.offsets) - 1, (left.shape[1], right.shape[1]), programs_on(rows)
     b = blocks or blocks_for(rows)
+    narrow, wide = min(b.rows, b.columns), max(b.rows, b.columns)
     out = rows.new_empty(E, M, N)
     weight_gradient_kernel[(programs,)](
-        TensorDescriptor.from_tensor(rows, [b.inner, b.columns if gather_left else b.rows]), per_token, order.pair,
+        TensorDescriptor.from_tensor(rows, [b.inner, wide]), per_token, order.pair,
         out, order.offsets, M, N, E, order.slot.shape[1], gather_left,
-        b.rows, b.columns, b.inner, programs, num_warps=b.warps, num_stages=b.stages + 1,
+        narrow if gather_left else wide, wide if gather_left else narrow, b.inner, programs,
+        num_warps=b.warps, num_stages=b.stages + 1,
     )  # fmt: skip
     return out
 
-# %% ../../nbs/12_expert_mlp.py #gate_up_gradient@24decdea
+# %% ../../nbs/12_expert_mlp.py #dispatch_kernel@cd004bb1
+@triton.jit
+def dispatch_kernel(x_ptr, slot_ptr, out_ptr, H: tl.constexpr, K: tl.constexpr, BH: tl.constexpr):
+    """out[slot[t, k]] = x[t] for every k."""
+    t, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BH + tl.arange(0, BH)
+    x = tl.load(x_ptr + t * H + column, mask=column < H, other=0.0)
+    for k in tl.static_range(K):
+        slot = tl.load(slot_ptr + t * K + k).to(tl.int64)
+        tl.store(out_ptr + slot * H + column, x, mask=(column < H) & (slot >= 0))
+
+# %% ../../nbs/12_expert_mlp.py #dispatch@3dfc0884
+def dispatch(x: Tensor, order: Sorted) -> Tensor:
+    """Rows of x (T, H) copied to their places in expert order: (P, H)."""
+    (T, K), H = order.slot.shape, x.shape[1]
+    out, width = x.new_empty(len(order.pair), H), min(1024, triton.next_power_of_2(H))
+    dispatch_kernel[(T, triton.cdiv(H, width))](x, order.slot, out, H, K, width)
+    return out
+
+# %% ../../nbs/12_expert_mlp.py #gate_up_gradient@06dd890c
 def gate_up_gradient(d_hidden: Tensor, tokens: Tensor, order: Sorted) -> Tensor:
     """Gradient of gate_up (E, 2I, H), from what `input_gradients` left."""
+    if d_hidden.shape[1] >= 4096 and d_hidden.dtype == torch.bfloat16 and d_hidden.is_cuda:
+        return F.grouped_mm(d_hidden.T, dispatch(tokens, order), offs=order.offsets[1:])
     return weight_gradient(d_hidden, tokens, order, gather_left=False)
 
 

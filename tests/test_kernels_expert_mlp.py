@@ -1,0 +1,188 @@
+"""The expert MLP kernels against the loop over experts in float64, on the GPU or under Triton's interpreter."""
+
+import pytest
+import torch
+
+from pithtrain.kernels import expert_mlp as mlp
+from pithtrain.kernels import lang
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+pytestmark = pytest.mark.skipif(not lang.HAS_TRITON, reason="Triton is not installed")
+# the interpreter cannot multiply bfloat16; float16 takes the same path through the kernels
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+TOLERANCE = {torch.float32: 1e-5, HALF: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Every torch.empty comes filled with NaN, so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def problem(T, H, I, E, K, dtype, ids=None):  # noqa: E741
+    x, w = torch.randn(T, H, device=DEVICE), torch.rand(T, K, device=DEVICE)
+    gate_up, down = torch.randn(E, 2 * I, H, device=DEVICE) / H**0.5, torch.randn(E, H, I, device=DEVICE) / I**0.5
+    ids = torch.rand(T, E, device=DEVICE).topk(K).indices if ids is None else ids.to(DEVICE)
+    x, gate_up, down = (t.to(dtype).requires_grad_() for t in (x, gate_up, down))
+    return x, ids, w.requires_grad_(), gate_up, down
+
+
+def error(a, b):
+    assert a.shape == b.shape and a.isfinite().all()
+    scale = b.norm()
+    return ((a.double() - b).norm() / scale).item() if scale > 0 else a.norm().item()
+
+
+def compare(args, num_pairs=None, run=mlp.triton_expert_mlp):
+    x, ids, w, gate_up, down = args
+    true = [t.detach().double().requires_grad_() for t in (x, w, gate_up, down)]
+    out = run(*args, num_pairs)
+    exact = mlp.reference_expert_mlp(true[0], ids, *true[1:])
+    assert out.dtype == x.dtype
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    exact.backward(grad.double())
+    pairs = {"out": (out, exact)}
+    names = ("tokens", "weights", "gate_up", "down")
+    pairs |= {n: (a.grad, b.grad) for n, a, b in zip(names, (x, w, gate_up, down), true, strict=True)}
+    errors = {name: error(a, b) for name, (a, b) in pairs.items()}
+    assert max(errors.values()) < TOLERANCE[x.dtype], errors
+
+
+SIZES = {
+    "whole blocks": (64, 64, 32, 4, 2),
+    "sizes no block divides": (77, 40, 24, 5, 3),
+    "one token": (1, 32, 16, 4, 2),
+    "top_k of 1": (50, 32, 16, 4, 1),
+    "top_k of all experts": (40, 32, 16, 4, 4),
+    "one expert": (30, 32, 16, 1, 1),
+    "more experts than pairs": (5, 32, 16, 30, 2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
+def test_against_float64(size, dtype):
+    compare(problem(*size, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_all_tokens_to_one_expert_and_others_empty(dtype):
+    compare(problem(70, 32, 24, 6, 1, dtype, torch.full((70, 1), 3)))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_absent_pairs_contribute_nothing(given):
+    ids = torch.randint(-4, 6, (60, 3)).clamp(min=-1)
+    args = problem(60, 40, 24, 6, 3, torch.float32, ids)
+    compare(args, num_pairs=int((ids >= 0).sum()) if given else None)
+    assert (args[2].grad[ids.to(DEVICE) < 0] == 0).all()
+
+
+def test_int32_ids_and_non_contiguous_inputs():
+    x, ids, w, gate_up, down = problem(50, 32, 16, 4, 2, torch.float32)
+    x = torch.stack([x.detach()] * 2, -1)[..., 0].requires_grad_()
+    w = w.detach().T.contiguous().T.requires_grad_()
+    gate_up = gate_up.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    down = down.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0).requires_grad_()
+    assert not any(t.is_contiguous() for t in (x, w, gate_up, down))
+    compare((x, ids.int().T.contiguous().T, w, gate_up, down))
+
+
+def test_expanded_gradient():
+    x, ids, w, gate_up, down = problem(20, 32, 16, 4, 2, torch.float32)
+    mlp.triton_expert_mlp(x, ids, w, gate_up, down).sum().backward()
+    true = [t.detach().double().requires_grad_() for t in (x, w, gate_up, down)]
+    mlp.reference_expert_mlp(true[0], ids, *true[1:]).sum().backward()
+    assert error(x.grad, true[0].grad) < 1e-5 and error(down.grad, true[3].grad) < 1e-5
+
+
+def test_nothing_to_do():
+    x, ids, w, gate_up, down = problem(0, 32, 16, 4, 2, torch.float32)
+    out = mlp.triton_expert_mlp(x, ids, w, gate_up, down)
+    out.sum().backward()
+    assert out.shape == (0, 32) and (gate_up.grad == 0).all()
+    compare(problem(9, 32, 16, 4, 2, torch.float32, torch.full((9, 2), -1)))
+    compare(problem(9, 32, 16, 4, 2, torch.float32, torch.full((9, 2), -1)), num_pairs=0)
+
+
+def test_same_bits_every_time():
+    args = problem(60, 32, 16, 4, 2, torch.float32)
+    runs = []
+    for _ in range(2):
+        out = mlp.triton_expert_mlp(*args)
+        runs.append([out, *torch.autograd.grad(out.square().sum(), [args[i] for i in (0, 2, 3, 4)])])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_frozen_weights_get_no_gradient():
+    x, ids, w, gate_up, down = problem(20, 32, 16, 4, 2, torch.float32)
+    mlp.triton_expert_mlp(x, ids, w, gate_up.detach(), down.detach()).sum().backward()
+    assert x.grad is not None and gate_up.grad is None
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({1: lambda t: t.float()}, "expert_ids is torch.float32"),
+        ({2: lambda t: t.half()}, "weights is torch.float16"),
+        ({3: lambda t: t.double()}, "gate_up is torch.float64"),
+        ({3: lambda t: t[:, :-8]}, r"down has shape \(4, 32, 16\); want \(4, 32, 12\)"),
+        ({4: lambda t: t.transpose(1, 2)}, "down has shape"),
+        ({4: lambda t: t.to("meta")}, "down is on meta"),
+        ({0: lambda t: t[:, :30], 3: lambda t: t[..., :30], 4: lambda t: t[:, :30]}, "hidden size 30 .* 16 bytes"),
+    ],
+)
+def test_wrong_arguments_are_named_in_one_line(change, message):
+    args = list(problem(20, 32, 16, 4, 2, torch.float32))
+    for i, make in change.items():
+        args[i] = make(args[i])
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
+        mlp.triton_expert_mlp(*args)
+    assert "\n" not in str(caught.value)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(3000, 512, 384, 8, 2), (1111, 1000, 520, 13, 5), (600, 256, 2304, 4, 2)])
+def test_gpu_sizes(size, dtype):
+    compare(problem(*size, dtype))
+
+
+@gpu
+@needs_gpu
+def test_gpu_never_waits_for_the_host():
+    args = problem(500, 256, 128, 8, 2, torch.bfloat16)
+    grad = torch.randn_like(args[0])
+    mlp.expert_mlp(*args).backward(grad)
+    torch.use_deterministic_algorithms(False)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mlp.expert_mlp(*args).backward(grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+@needs_gpu
+def test_gpu_more_than_two_to_the_31_elements():
+    """hidden and d_hidden hold 2.2e9 elements; the last tokens are compared with those tokens alone."""
+    torch.use_deterministic_algorithms(False)
+    T, H, I, E, K = 131072, 64, 2112, 8, 4  # noqa: E741
+    assert T * K * 2 * I > 2**31
+    x, ids, w, gate_up, down = problem(T, H, I, E, K, torch.bfloat16)
+    grad = torch.randn_like(x)
+    out = mlp.triton_expert_mlp(x, ids, w, gate_up, down)
+    out.backward(grad)
+    for part in (slice(0, 500), slice(T - 500, T)):
+        tx, tw = (t[part].detach().double().requires_grad_() for t in (x, w))
+        exact = mlp.reference_expert_mlp(tx, ids[part], tw, gate_up.detach().double(), down.detach().double())
+        exact.backward(grad[part].double())
+        assert error(out[part], exact) < 1e-2
+        assert error(x.grad[part], tx.grad) < 1e-2 and error(w.grad[part], tw.grad) < 1e-2
+    assert gate_up.grad.isfinite().all() and down.grad.isfinite().all()

@@ -1,0 +1,95 @@
+"""The router kernels against the reference in float64, on the GPU or under Triton's interpreter."""
+
+import pytest
+import torch
+
+from pithtrain.kernels import lang
+from pithtrain.kernels.router import reference_route, route, triton_route
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+TOLERANCE = {torch.float32: 1e-5, HALF: 1e-2}
+pytestmark = pytest.mark.skipif(not lang.HAS_TRITON, reason="Triton is not installed")
+
+
+def error(a, b):
+    assert a.isfinite().all()
+    return ((a.double() - b).norm() / b.norm()).item()
+
+
+def compare(T, H, E, K, dtype, dense=True, router_dtype=None, **options):
+    x = torch.randn(T, H, device=DEVICE).to(dtype).requires_grad_()
+    r = (torch.randn(E, H, device=DEVICE) / H**0.5).to(router_dtype or dtype).requires_grad_()
+    x64, r64 = (t.detach().double().requires_grad_() for t in (x, r))
+    got, true = triton_route(x, r, K, **options), reference_route(x64, r64, K, **options)
+    assert torch.equal(got.expert_ids, true.expert_ids) and got.expert_ids.dtype == torch.int64
+    assert torch.equal(got.counts, true.counts)
+    assert got.weights.dtype == got.probs.dtype == torch.float32
+    dw, dp = torch.randn_like(got.weights), torch.randn_like(got.probs) * dense
+    for routing in (got, true):
+        ((routing.weights * dw).sum() + ((routing.probs * dp).sum() if dense else 0)).backward()
+    assert error(got.weights, true.weights) < 1e-5 and error(got.probs, true.probs) < 1e-5
+    # with one expert, or one renormalised choice, the gradient is zero up to rounding
+    if E > 1 and (K > 1 or dense or not options.get("renormalise", True)):
+        assert error(x.grad, x64.grad) < TOLERANCE[dtype] and error(r.grad, r64.grad) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize(
+    "T, H, E, K", [(64, 64, 16, 2), (77, 40, 11, 3), (1, 32, 4, 1), (30, 32, 4, 4), (20, 24, 1, 1), (9, 72, 130, 8)]
+)
+def test_sizes(T, H, E, K, dtype):
+    compare(T, H, E, K, dtype)
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize("sigmoid", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("dense", [True, False])
+def test_options(renormalise, sigmoid, biased, dense):
+    bias = torch.randn(12, device=DEVICE) if biased else None
+    options = {"renormalise": renormalise, "sigmoid": sigmoid, "bias": bias, "scale": 2.5}
+    compare(50, 48, 12, 3, torch.float32, dense, **options)
+
+
+def test_a_router_in_fp32_beside_half_precision_tokens():
+    compare(50, 48, 12, 3, HALF, router_dtype=torch.float32)
+
+
+def test_equal_scores_choose_different_experts():
+    got = triton_route(torch.zeros(5, 16, device=DEVICE), torch.ones(6, 16, device=DEVICE), 3)
+    assert got.expert_ids.tolist() == [[0, 1, 2]] * 5
+    assert got.counts.tolist() == [5, 5, 5, 0, 0, 0]
+
+
+def test_nan_names_only_experts_that_exist():
+    got = triton_route(torch.full((5, 16), float("nan"), device=DEVICE), torch.ones(6, 16, device=DEVICE), 3)
+    assert int(got.expert_ids.min()) >= 0 and int(got.expert_ids.max()) < 6
+
+
+def test_no_tokens():
+    assert triton_route(torch.zeros(0, 16, device=DEVICE), torch.ones(6, 16, device=DEVICE), 3).weights.shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    "x, r, k, message",
+    [
+        (torch.zeros(4, 16, dtype=torch.int32), torch.zeros(6, 16), 2, "hidden is torch.int32"),
+        (torch.zeros(4, 16), torch.zeros(6, 8), 2, r"router_weight has shape \(6, 8\); want \(6, 16\)"),
+        (torch.zeros(4, 16), torch.zeros(6, 16), 7, "top_k is 7; want 1 to 6"),
+    ],
+)
+def test_wrong_arguments_are_named(x, r, k, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        triton_route(x.to(DEVICE), r.to(DEVICE), k)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("H, E, K", [(2048, 128, 8), (2880, 32, 4), (1024, 384, 8)])
+def test_gpu_shapes(H, E, K):
+    x, r = torch.randn(3000, H, device=DEVICE).bfloat16(), (torch.randn(E, H, device=DEVICE) / H**0.5).bfloat16()
+    got, true = route(x, r, K), reference_route(x.double(), r.double(), K)
+    assert (got.expert_ids == true.expert_ids).float().mean() > 0.999  # fp32 and fp64 may differ on a near tie
+    assert error(got.probs, true.probs) < 1e-5
+    assert torch.equal(got.counts.long(), torch.bincount(got.expert_ids.flatten(), minlength=E))
