@@ -17,6 +17,7 @@
 #| export
 import dataclasses
 import difflib
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,8 +184,8 @@ def check_value(where: str, spec: dataclasses.Field, value: Any) -> Any:
     if type(value) is not spec.type:
         raise UserError(f"{where}: {value!r} is of type {type(value).__name__}, expected {spec.type.__name__}")
     low, high = spec.metadata["low"], spec.metadata["high"]
-    # Written so that NaN, which compares false with everything, is out of every range.
-    if (low is not None and not value >= low) or (high is not None and not value <= high):
+    infinite = spec.type is float and not math.isfinite(value)
+    if infinite or (low is not None and value < low) or (high is not None and value > high):
         span = f"at least {low}" if high is None else f"between {low} and {high}"
         raise UserError(f"{where}: {value} is out of range, expected {span}")
     return value

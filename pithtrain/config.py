@@ -7,9 +7,10 @@ __all__ = ['UserError', 'knob', 'RunConfig', 'DataConfig', 'ModelConfig', 'Balan
            'LogConfig', 'Config', 'check_value', 'nearest', 'section_from_table', 'check_config', 'parse_override',
            'config_from_tables', 'load_config', 'to_toml', 'differences', 'describe_settings']
 
-# %% ../nbs/01_config.py #imports@4cb354ed
+# %% ../nbs/01_config.py #imports@518050d9
 import dataclasses
 import difflib
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,7 +133,7 @@ class Config:
         """The run's folder."""
         return Path(self.run.folder) / self.run.name
 
-# %% ../nbs/01_config.py #check_value@2906c41f
+# %% ../nbs/01_config.py #check_value@584c7c5c
 def check_value(where: str, spec: dataclasses.Field, value: Any) -> Any:
     """`value` as the field `spec` wants it (an int is taken where a float belongs), or a UserError."""
     if get_origin(spec.type) is Literal:
@@ -144,8 +145,8 @@ def check_value(where: str, spec: dataclasses.Field, value: Any) -> Any:
     if type(value) is not spec.type:
         raise UserError(f"{where}: {value!r} is of type {type(value).__name__}, expected {spec.type.__name__}")
     low, high = spec.metadata["low"], spec.metadata["high"]
-    # Written so that NaN, which compares false with everything, is out of every range.
-    if (low is not None and not value >= low) or (high is not None and not value <= high):
+    infinite = spec.type is float and not math.isfinite(value)
+    if infinite or (low is not None and value < low) or (high is not None and value > high):
         span = f"at least {low}" if high is None else f"between {low} and {high}"
         raise UserError(f"{where}: {value} is out of range, expected {span}")
     return value
@@ -262,7 +263,7 @@ def differences(config: Config, other: Config) -> list[str]:
         != (theirs := getattr(getattr(other, section.name), spec.name))
     ]
 
-# %% ../nbs/01_config.py #describe_settings@da97d59f
+# %% ../nbs/01_config.py #describe_settings@76afa202
 def describe_settings() -> str:
     """Every setting with its type, default, range and meaning, one line each, by section."""
     lines = []
@@ -273,5 +274,5 @@ def describe_settings() -> str:
             low, high = spec.metadata["low"], spec.metadata["high"]
             span = "" if low is None else f", >= {low:g}" if high is None else f", {low:g} to {high:g}"
             default = f"default {spec.default!r}".lower() if spec.type is bool else f"default {spec.default!r}"
-            lines.append(f"  --{section.name}.{spec.name:<20} {spec.metadata['doc']} ({kind}{span}; {default})")
+            lines.append(f"  {f'--{section.name}.{spec.name}':<26} {spec.metadata['doc']} ({kind}{span}; {default})")
     return "\n".join(lines[1:])

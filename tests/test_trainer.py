@@ -1,0 +1,318 @@
+"""Training: determinism, resume to the bit, and every refusal, through the command line in-process."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pithtrain import cli
+from pithtrain.train import trainer
+
+TINY = """
+[run]
+name = "demo"
+device = "cpu"
+[model]
+vocab_size = 300
+layers = 2
+hidden = 32
+heads = 4
+kv_heads = 2
+head_dim = 8
+experts = 4
+top_k = 2
+expert_hidden = 16
+[balance]
+sequence = 0.01
+micro_batch = 0.01
+bias_rate = 0.001
+[optimizer]
+warmup = 2
+[train]
+steps = 8
+sequence_length = 16
+batch_size = 4
+micro_batch_size = 2
+checkpoint_every = 3
+"""
+TIMES = ("seconds", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(40):
+        (folder / f"file{i}.py").write_text(
+            "".join(f"def function_{i}_{j}(x):\n    return x + {j}\n" for j in range(30))
+        )
+    return folder
+
+
+@pytest.fixture
+def command(tmp_path, corpus):
+    """Arguments of `pithtrain train` for a run in tmp_path; the data folder is the test's own."""
+    (tmp_path / "demo.toml").write_text(TINY)
+
+    def arguments(*more: str) -> list[str]:
+        places = ("--run.folder", f"{tmp_path}/runs", "--data.folder", f"{tmp_path}/data", "--data.corpus", str(corpus))
+        return ["train", str(tmp_path / "demo.toml"), *places, *more]
+
+    return arguments
+
+
+def records(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from pithtrain.train.run import open_run
+
+    return open_run(folder).model.state_dict()
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_leaves_what_it_promises_and_repeats_exactly(command, tmp_path, capsys):
+    assert cli.main(command()) == 0
+    output = capsys.readouterr().out
+    assert "nats per token" in output and "unigram" in output and "bigram" in output
+    folder = tmp_path / "runs/demo"
+    expected = {"config.toml", "tokenizer.json", "metrics.jsonl", "results.json", "sample.txt", "checkpoints"}
+    pictures = {"loss.png", "learning_rate.png", "expert_load.png", "entropy.png"}
+    assert {path.name for path in folder.iterdir()} == expected | pictures
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-00000006", "step-00000008"]
+    results = json.loads((folder / "results.json").read_text())
+    assert results["step"] == 8 and set(results["nats_per_token"]) == {"this model", "bigram", "unigram"}
+
+    assert cli.main(command("--run.name", "again")) == 0
+    assert records(folder) == records(tmp_path / "runs/again")
+    assert same(weights(folder), weights(tmp_path / "runs/again"))
+
+    assert cli.main(command("--run.name", "other", "--run.seed", "1")) == 0
+    assert records(folder)[0]["loss"] != records(tmp_path / "runs/other")[0]["loss"]
+
+
+def test_interrupted_and_resumed_ends_with_the_same_bits(command, tmp_path, monkeypatch, capsys):
+    assert cli.main(command("--run.name", "whole")) == 0
+    step = trainer.train_step
+    calls = 0
+
+    def interrupted(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            signal.raise_signal(signal.SIGINT)
+        return step(*arguments)
+
+    monkeypatch.setattr(trainer, "train_step", interrupted)
+    assert cli.main(command()) == 130
+    assert "step 5 of 8; the same command goes on" in capsys.readouterr().out
+    assert cli.main(command()) == 0
+    assert calls == 8
+    assert records(tmp_path / "runs/demo") == records(tmp_path / "runs/whole")
+    assert same(weights(tmp_path / "runs/demo"), weights(tmp_path / "runs/whole"))
+
+
+def test_killed_between_checkpoints_repeats_the_lost_steps(command, tmp_path, monkeypatch):
+    assert cli.main(command("--run.name", "whole")) == 0
+    step = trainer.train_step
+    calls = 0
+
+    def killed(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt  # stands for a kill: nothing is saved
+        return step(*arguments)
+
+    monkeypatch.setattr(trainer, "train_step", killed)
+    assert cli.main(command()) == 130
+    assert [r["step"] for r in records(tmp_path / "runs/demo")] == [1, 2, 3, 4, 5]
+    monkeypatch.setattr(trainer, "train_step", step)
+    assert cli.main(command()) == 0
+    assert records(tmp_path / "runs/demo") == records(tmp_path / "runs/whole")
+    assert same(weights(tmp_path / "runs/demo"), weights(tmp_path / "runs/whole"))
+
+
+def test_ctrl_c_in_a_real_process_saves_and_says_how_to_go_on(command, tmp_path):
+    arguments = [sys.executable, "-m", "pithtrain.cli", *command("--train.steps", "100000")]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "runs/demo/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "the same command goes on from there" in output and "Traceback" not in errors
+    saved = [path.name for path in (tmp_path / "runs/demo/checkpoints").iterdir()]
+    last = records(tmp_path / "runs/demo")[-1]["step"]
+    assert f"step-{last:08d}" in saved
+
+
+def refused(capsys, arguments: list[str]) -> str:
+    """The one line that `arguments` are refused with."""
+    assert cli.main(arguments) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("pithtrain: ")
+    return message
+
+
+def test_a_run_folder_of_another_config_is_left_alone(command, tmp_path, capsys):
+    assert cli.main(command()) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
+    message = refused(capsys, command("--train.steps", "9"))
+    assert "belongs to a run with another config (train.steps: 9, not 8)" in message
+    (tmp_path / "runs/notes").mkdir()
+    (tmp_path / "runs/notes/letter.txt").write_text("mine")
+    assert "is not a run" in refused(capsys, command("--run.name", "notes"))
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    # A setting that does not change the weights may change.
+    assert cli.main(command("--train.keep", "1")) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--data.corpus", "/no/such/folder"], "/no/such/folder"),
+        (["--data.pattern", "*.none"], "*.none"),
+        (["--train.sequence_length", "1000000"], "sequence_length"),
+        (["--train.micro_batch_size", "3"], "train.micro_batch_size: 3 does not divide"),
+        (["--model.vocab_size", "100000"], "vocab_size"),
+        (["--train.stepz", "3"], "did you mean 'steps'"),
+        (["--train.steps"], "has no value"),
+        (["steps"], "unexpected"),
+    ],
+)
+def test_refusals_leave_no_run_behind(command, tmp_path, capsys, more, expected):
+    assert expected in refused(capsys, command(*more))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_refused_before_any_work(command, tmp_path, capsys):
+    assert "torch sees no CUDA GPU" in refused(capsys, command("--run.device", "cuda"))
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_damaged_shards_are_refused(command, tmp_path, capsys, damage):
+    assert cli.main(command()) == 0
+    shard = tmp_path / "data/train-00000.bin"
+    data = bytearray(shard.read_bytes())
+    shard.write_bytes(data[:-2] if damage == "cut" else bytes([data[0] ^ 1]) + data[1:])
+    assert "train-00000.bin" in refused(capsys, command("--run.name", "second"))
+    assert not (tmp_path / "runs/second").exists()
+
+
+def test_another_tokenizer_is_refused(command, tmp_path, capsys):
+    assert cli.main(command("--run.name", "a", "--model.vocab_size", "290", "--data.folder", f"{tmp_path}/b")) == 0
+    assert cli.main(command()) == 0
+    shutil.copy(tmp_path / "b/tokenizer.json", tmp_path / "data/tokenizer.json")
+    assert "not the tokenizer" in refused(capsys, command("--run.name", "second"))
+
+
+def test_a_damaged_checkpoint_is_named(command, tmp_path, capsys):
+    assert cli.main(command()) == 0
+    newest = tmp_path / "runs/demo/checkpoints/step-00000008"
+    data = next(newest.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:100])
+    assert "step-00000008: cannot be read" in refused(capsys, command())
+    shutil.rmtree(newest)
+    assert cli.main(command()) == 0  # from step 6
+
+
+def test_a_full_disk_while_saving_keeps_the_older_checkpoint(command, tmp_path, capsys, monkeypatch):
+    original = os.fsync
+    saves = 0
+
+    def full(descriptor):
+        nonlocal saves
+        if "checkpoints" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            saves += 1
+            if saves > 2:  # a checkpoint is two files, each flushed
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    message = refused(capsys, command())
+    assert "the disk is full" in message
+    folder = tmp_path / "runs/demo/checkpoints"
+    assert [path.name for path in folder.iterdir()] == ["step-00000003"]
+    monkeypatch.undo()
+    assert cli.main(command()) == 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path, capsys):
+    message = refused(
+        capsys, command("--optimizer.learning_rate", "1e20", "--optimizer.clip", "0", "--train.steps", "30")
+    )
+    assert "lower optimizer.learning_rate" in message
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_logger_that_is_not_installed_is_refused(command, tmp_path, capsys, monkeypatch, package):
+    from pithtrain.train import metrics
+
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    assert f"the package {package} is not installed" in refused(capsys, command(f"--log.{package}", "true"))
+
+
+def test_tensorboard_gets_the_numbers(command, tmp_path):
+    pytest.importorskip("tensorboard")
+    assert cli.main(command("--log.tensorboard", "true")) == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "runs/demo/tensorboard")).Reload()
+    losses = [round(event.value, 4) for event in events.Scalars("loss")]
+    assert losses == [round(r["loss"], 4) for r in records(tmp_path / "runs/demo")]
+
+
+def test_bfloat16_trains_with_fp32_weights(command, tmp_path):
+    assert cli.main(command("--run.precision", "bfloat16", "--run.name", "half")) == 0
+    assert cli.main(command()) == 0
+    a, b = records(tmp_path / "runs/half"), records(tmp_path / "runs/demo")
+    assert all(abs(x["loss"] / y["loss"] - 1) < 0.01 for x, y in zip(a, b, strict=True))
+    assert {w.dtype for name, w in weights(tmp_path / "runs/half").items()} == {torch.float32}
+
+
+def test_accumulation_does_not_change_the_loss(command, tmp_path):
+    for size in ("1", "4"):
+        more = ("--balance.micro_batch", "0", "--balance.global_batch", "0", "--run.precision", "float32")
+        assert cli.main(command("--run.name", f"m{size}", "--train.micro_batch_size", size, *more)) == 0
+    a, b = records(tmp_path / "runs/m1"), records(tmp_path / "runs/m4")
+    assert all(abs(x["loss"] / y["loss"] - 1) < 1e-4 for x, y in zip(a, b, strict=True))
+
+
+def test_generate(command, tmp_path, capsys):
+    assert cli.main(command()) == 0
+    capsys.readouterr()
+    run = str(tmp_path / "runs/demo")
+    outputs = []
+    for seed in ("0", "0", "1"):
+        assert cli.main(["generate", run, "--prompt", "def f", "--tokens", "20", "--seed", seed]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2] and outputs[0].startswith("def f")
+    assert "not a run" in refused(capsys, ["generate", str(tmp_path)])
+    assert "unexpected" in refused(capsys, ["generate", run, "--train.steps", "3"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["generate", run, "--temperature", "-1"])
+    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["train", "--help"], ["train", "none.toml"]])
+def test_answers_come_before_torch_is_imported(arguments):
+    code = f"import sys; sys.argv = ['pithtrain', *{arguments!r}]\nfrom pithtrain.cli import main\n"
+    code += "try:\n    main()\nexcept SystemExit:\n    pass\nassert not {'torch', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
