@@ -1,0 +1,415 @@
+# %% [markdown]
+# # Benchmark: the MoE block against its floor and its peers
+#
+# > One shape, one machine, one run: our block, the bare matrix products, and every other implementation installed.
+#
+# A time in milliseconds says little by itself. What says something is its ratio to a *floor*: the six grouped
+# matrix products that forward and backward cannot do without, fed with tokens that are already sorted. All
+# that a block takes beyond its floor is routing, sorting, moving and adding.
+#
+# Everything is measured in one process, on the same random weights and tokens, alternating with a cleared
+# cache, and every implementation's output is compared with ours, because a fast wrong block is no peer.
+
+# %%
+#| default_exp bench
+
+# %%
+#| export
+import datetime
+import importlib.metadata
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pithtrain.config import UserError
+from pithtrain.kernels.expert_mlp import expert_mlp
+from pithtrain.kernels.router import route
+
+# %% [markdown]
+# ## Shapes
+#
+# Published models' MoE blocks, by their sizes alone.
+
+
+# %%
+#| export
+class Shape(NamedTuple):
+    """Sizes of one MoE block, and how many tokens go through it."""
+
+    name: str
+    hidden: int
+    expert_hidden: int
+    experts: int
+    top_k: int
+    tokens: int = 16384
+
+
+SHAPES = (
+    Shape("qwen3-30b-a3b", 2048, 768, 128, 8),
+    Shape("deepseek-v2-lite", 2048, 1408, 64, 6),
+    Shape("gpt-oss-like", 2880, 2880, 32, 4),
+    Shape("tiny", 128, 128, 16, 2, 512),
+)
+
+
+def shape_named(name: str) -> Shape:
+    """The shape of that name. Raises UserError with the known names."""
+    for shape in SHAPES:
+        if shape.name == name:
+            return shape
+    raise UserError(f"no shape is named {name!r}; known: {', '.join(shape.name for shape in SHAPES)}")
+
+
+# %%
+print(shape_named("qwen3-30b-a3b"))
+
+# %% [markdown]
+# On a CPU a full-size block would take minutes and tens of gigabytes, so all widths are divided by eight and
+# 512 tokens are used; the result says so.
+
+
+# %%
+#| export
+def shape_for(shape: Shape, device: torch.device) -> tuple[Shape, str]:
+    """The shape that is measured on this device, and a sentence on what is measured."""
+    if device.type == "cuda":
+        return shape, f"bf16 on {torch.cuda.get_device_name(device)}"
+    if shape.hidden > 512:
+        shape = shape._replace(hidden=shape.hidden // 8, expert_hidden=shape.expert_hidden // 8, tokens=512)
+        return shape, "no GPU here: fp32 on the CPU, all widths divided by 8, 512 tokens"
+    return shape, "no GPU here: fp32 on the CPU"
+
+
+# %%
+print(shape_for(shape_named("gpt-oss-like"), torch.device("cpu")))
+
+# %% [markdown]
+# ## One problem for all
+#
+# Near-uniform routing falls out of random tokens and random router rows.
+
+
+# %%
+#| export
+class Problem(NamedTuple):
+    """Tokens, the gradient of the output, and the weights of one block; all but `grad` require gradients."""
+
+    shape: Shape
+    tokens: Tensor  #: (T, H)
+    grad: Tensor  #: (T, H)
+    router: Tensor  #: (E, H)
+    gate_up: Tensor  #: (E, 2I, H)
+    down: Tensor  #: (E, H, I)
+
+
+def make_problem(shape: Shape, device: torch.device) -> Problem:
+    """A random problem of this shape, bf16 on CUDA and fp32 elsewhere."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    T, H, I, E = shape.tokens, shape.hidden, shape.expert_hidden, shape.experts  # noqa: E741
+    new = lambda *size: torch.randn(size, device=device, dtype=dtype)  # noqa: E731
+    leaves = (new(T, H), new(E, H) / H**0.5, new(E, 2 * I, H) / H**0.5, new(E, H, I) / I**0.5)
+    tokens, router, gate_up, down = (t.requires_grad_() for t in leaves)
+    return Problem(shape, tokens, new(T, H), router, gate_up, down)
+
+
+# %% [markdown]
+# ## What is compared
+#
+# An entrant is a name and a function that, given a problem, returns a block: a function of the tokens.
+
+
+# %%
+#| export
+Block = Callable[[Tensor], Tensor]
+
+
+class Entrant(NamedTuple):
+    """An implementation of the block: its name, and how to build it for a problem."""
+
+    name: str
+    build: Callable[[Problem], Block]
+
+
+def pithtrain_block(problem: Problem) -> Block:
+    """Our block: `route` and `expert_mlp`."""
+
+    def block(tokens: Tensor) -> Tensor:
+        routing = route(tokens, problem.router, problem.shape.top_k)
+        return expert_mlp(tokens, routing.expert_ids, routing.weights, problem.gate_up, problem.down)
+
+    return block
+
+
+# %%
+torch.manual_seed(0)
+small = make_problem(SHAPES[-1], torch.device("cpu"))
+print(pithtrain_block(small)(small.tokens).shape)
+
+# %% [markdown]
+# PyTorch alone, as one would write it today: sort, gather, two grouped products, scatter-add. A grouped product is
+# only there for bf16 on CUDA; elsewhere an expert at a time.
+
+
+# %%
+#| export
+def grouped(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """rows (P, K) of expert e times weights[e] (K, N), experts' rows ending at `ends` (E,)."""
+    if rows.is_cuda:
+        return F.grouped_mm(rows, weights, offs=ends)
+    parts = rows.tensor_split(ends[:-1].tolist())
+    return torch.cat([part @ weight for part, weight in zip(parts, weights, strict=True)])
+
+
+def torch_block(problem: Problem) -> Block:
+    """The block in plain PyTorch around its grouped product."""
+    E, K = problem.shape.experts, problem.shape.top_k
+
+    def block(tokens: Tensor) -> Tensor:
+        probs = torch.softmax(F.linear(tokens, problem.router).float(), dim=-1)
+        weights, ids = probs.topk(K, dim=-1)
+        weights = weights / weights.sum(-1, keepdim=True)
+        order = ids.flatten().argsort(stable=True)
+        ends = torch.bincount(ids.flatten(), minlength=E).cumsum(0).int()
+        gate, up = grouped(tokens[order // K], problem.gate_up.transpose(1, 2), ends).chunk(2, dim=-1)
+        outputs = grouped(F.silu(gate) * up, problem.down.transpose(1, 2), ends)
+        weighted = (outputs * weights.flatten()[order, None]).to(tokens.dtype)
+        return torch.zeros_like(tokens).index_add(0, order // K, weighted)
+
+    return block
+
+
+# %%
+torch.testing.assert_close(torch_block(small)(small.tokens), pithtrain_block(small)(small.tokens))
+
+# %% [markdown]
+# Transformers, with its own grouped product on a GPU and its loop over experts on a CPU.
+
+
+# %%
+#| export
+def transformers_block(problem: Problem) -> Block:
+    """transformers' Qwen3-MoE block around the problem's weights."""
+    from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    shape = problem.shape
+    config = Qwen3MoeConfig(
+        hidden_size=shape.hidden,
+        moe_intermediate_size=shape.expert_hidden,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.top_k,
+        norm_topk_prob=True,
+        experts_implementation="grouped_mm" if problem.tokens.is_cuda else "eager",
+    )
+    with torch.device("meta"):
+        module = Qwen3MoeSparseMoeBlock(config)
+    module.gate.weight = torch.nn.Parameter(problem.router.detach())
+    module.experts.gate_up_proj = torch.nn.Parameter(problem.gate_up.detach())
+    module.experts.down_proj = torch.nn.Parameter(problem.down.detach())
+
+    def block(tokens: Tensor) -> Tensor:
+        module.zero_grad()
+        return module(tokens[None])[0]
+
+    return block
+
+
+# %%
+#| export
+def entrants() -> list[Entrant]:
+    """Everything that can be imported here, ours first."""
+    found = [Entrant("pithtrain", pithtrain_block), Entrant("torch", torch_block)]
+    if importlib.util.find_spec("transformers") is not None:
+        found.append(Entrant("transformers", transformers_block))
+    return found
+
+
+# %%
+for entrant in entrants():
+    print(f"{entrant.name:14}{entrant.build(small)(small.tokens).norm():.4f}")
+
+# %% [markdown]
+# ## The floor
+#
+# Forward: up and gate as one product, and down. Backward: two for the inputs' gradients and two for the weights'.
+# $2 \cdot 3 \cdot 3 \cdot T K H I$ operations in all.
+
+
+# %%
+#| export
+def floor_products(problem: Problem) -> Callable[[], None]:
+    """A function that does the six grouped products of a forward and a backward pass and nothing else."""
+    shape = problem.shape
+    with torch.no_grad():
+        ids = route(problem.tokens, problem.router, shape.top_k).expert_ids.flatten()
+        order = ids.argsort(stable=True) // shape.top_k
+        ends = torch.bincount(ids, minlength=shape.experts).cumsum(0).int()
+        tokens, grad = problem.tokens[order], problem.grad[order]
+        gate_up, down = problem.gate_up.detach(), problem.down.detach()
+        hidden = grouped(tokens, gate_up.transpose(1, 2), ends)
+        activated = hidden[:, : shape.expert_hidden].contiguous()
+    cuts = None if tokens.is_cuda else ends[:-1].tolist()
+
+    def over_rows(left: Tensor, right: Tensor) -> None:
+        if left.is_cuda:
+            F.grouped_mm(left.T, right, offs=ends)
+        else:
+            for a, b in zip(left.tensor_split(cuts), right.tensor_split(cuts), strict=True):
+                a.T @ b
+
+    @torch.no_grad()
+    def products() -> None:
+        grouped(tokens, gate_up.transpose(1, 2), ends)
+        grouped(activated, down.transpose(1, 2), ends)
+        grouped(grad, down, ends)
+        grouped(hidden, gate_up, ends)
+        over_rows(hidden, tokens)
+        over_rows(grad, activated)
+
+    return products
+
+
+# %% [markdown]
+# ## Timing
+#
+# On a GPU the clock is its own events, a fresh 256 MB is written before every repetition to empty the cache, and the
+# median is reported. Peak memory is what one pass holds beyond weights, tokens and output gradient.
+
+
+# %%
+#| export
+def median_ms(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median milliseconds of `run` over `repeats`, after three warm-up runs."""
+    for _ in range(3):
+        run()
+    times = []
+    if device.type == "cuda":
+        flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
+        for _ in range(repeats):
+            flush.zero_()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+    else:
+        for _ in range(repeats):
+            began = time.perf_counter()
+            run()
+            times.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(times)
+
+
+# %%
+print(f"a small product: {median_ms(lambda: small.tokens @ small.tokens.T, torch.device('cpu'), 5):.2f} ms")
+
+
+# %%
+#| export
+def one_pass(block: Block, problem: Problem) -> None:
+    """Forward and backward, gradients starting from nothing."""
+    for leaf in (problem.tokens, problem.router, problem.gate_up, problem.down):
+        leaf.grad = None
+    block(problem.tokens).backward(problem.grad)
+
+
+def peak_gib(block: Block, problem: Problem) -> float | None:
+    """GiB that one pass holds beyond what was there before it; None where it cannot be known."""
+    if not problem.tokens.is_cuda:
+        return None
+    one_pass(block, problem)
+    for leaf in (problem.tokens, problem.router, problem.gate_up, problem.down):
+        leaf.grad = None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    one_pass(block, problem)
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+# %% [markdown]
+# ## The benchmark
+
+
+# %%
+#| export
+def bench_moe(shape: Shape, device: torch.device, peers: list[Entrant], repeats: int = 20) -> dict:
+    """Measure `peers` and the floor on `shape`, print a table, and return what was measured, ready for JSON."""
+    shape, measured = shape_for(shape, device)
+    problem = make_problem(shape, device)
+    tflop = 18 * shape.tokens * shape.top_k * shape.hidden * shape.expert_hidden / 1e12
+    floor = median_ms(floor_products(problem), device, repeats)
+    rows = [{"name": "floor: grouped products alone", "ms": floor, "peak_gib": None, "difference": None}]
+    with torch.no_grad():
+        ours = pithtrain_block(problem)(problem.tokens).double()
+    for peer in peers:
+        block = peer.build(problem)
+        with torch.no_grad():
+            difference = ((block(problem.tokens).double() - ours).norm() / ours.norm()).item()
+        row = {"name": peer.name, "peak_gib": peak_gib(block, problem), "difference": difference}
+        rows.append(row | {"ms": median_ms(lambda block=block: one_pass(block, problem), device, repeats)})
+    for row in rows:
+        row |= {"ratio_to_floor": row["ms"] / floor, "tflops": tflop / row["ms"] * 1e3}
+    packages = ["torch", "triton", "transformers"]
+    result = {
+        "what": "forward and backward of a MoE block: router, dispatch, experts, combine",
+        "measured": measured,
+        "date": datetime.date.today().isoformat(),
+        "versions": {p: importlib.metadata.version(p) for p in packages if importlib.util.find_spec(p)},
+        "shape": shape._asdict(),
+        "rows": rows,
+    }
+    print(table(result))
+    return result
+
+
+def table(result: dict) -> str:
+    """The result of `bench_moe` as lines of text."""
+    s = result["shape"]
+    lines = [
+        f"{s['name']}: {s['tokens']} tokens, hidden {s['hidden']}, {s['experts']} experts of {s['expert_hidden']}, "
+        f"top_k {s['top_k']}; {result['measured']}",
+        f"{'forward + backward':32}{'ms':>9}{'of floor':>10}{'TFLOP/s':>9}{'peak GiB':>10}{'differs':>10}",
+    ]
+    for row in result["rows"]:
+        peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
+        differs = "" if row["difference"] is None else f"{row['difference']:.1e}"
+        lines.append(
+            f"{row['name']:32}{row['ms']:9.2f}{row['ratio_to_floor']:10.2f}{row['tflops']:9.2f}{peak:>10}{differs:>10}"
+        )
+    return "\n".join(lines)
+
+
+# %%
+import json
+
+result = bench_moe(SHAPES[-1], torch.device("cpu"), entrants(), repeats=3)
+assert json.loads(json.dumps(result)) == result
+assert all(row["difference"] is None or row["difference"] < 1e-5 for row in result["rows"])
+
+# %% [markdown]
+# *differs* is the relative difference of the output from ours; in bf16, some 1e-2 comes from tokens whose last
+# expert is nearly tied, because others round the logits to bf16 before choosing.
+#
+# The same as a picture:
+
+# %%
+import matplotlib.pyplot as plt
+
+fig, ax = plt.subplots(figsize=(7, 2.4))
+ax.barh([row["name"] for row in result["rows"]], [row["ms"] for row in result["rows"]], color=["0.7", "C0", "C1", "C2"])
+ax.axvline(result["rows"][0]["ms"], color="0.5", lw=1)
+ax.set(title=f"MoE block, {result['shape']['name']}: {result['measured']}", xlabel="milliseconds, forward + backward")
+ax.invert_yaxis()
+fig
+
+# %% [markdown]
+# On an H100 the full shapes were measured with `pithtrain bench moe --shape NAME`; the results are the JSON files
+# in `docs/benchmarks/`.
