@@ -38,6 +38,34 @@ from pathlib import Path
 from pithtrain.config import UserError
 
 # %% [markdown]
+# ## Reading
+#
+# All reading goes through one function, so that a file one may not read is an error with a name.
+
+
+# %%
+#| export
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file; a file that cannot be read is a UserError that names it."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): make it readable or narrow data.pattern") from None
+
+
+# %%
+import tempfile
+
+scratch = tempfile.TemporaryDirectory()
+hello = Path(scratch.name) / "hello.txt"
+hello.write_text("Hello, experts.\n")
+print(read_bytes(hello))
+try:
+    read_bytes(Path(scratch.name) / "absent.txt")
+except UserError as error:
+    print(error)
+
+# %% [markdown]
 # ## A document
 #
 # A document keeps its place and fingerprint but not its text: a corpus may be larger than memory, and
@@ -64,21 +92,6 @@ class Document:
 
 
 # %%
-#| export
-def read_bytes(path: Path) -> bytes:
-    """The bytes of a file; a file that cannot be read is a UserError that names it."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): make it readable or narrow data.pattern") from None
-
-
-# %%
-import tempfile
-
-scratch = tempfile.TemporaryDirectory()
-hello = Path(scratch.name) / "hello.txt"
-hello.write_text("Hello, experts.\n")
 document = Document("hello.txt", hello, 16, hashlib.sha256(read_bytes(hello)).hexdigest())
 print(document.text())
 

@@ -37,9 +37,10 @@
 #
 # $$ Y = \frac{n_1}{n_1 + 2 n_2}, \qquad D_k = k - (k + 1)\, Y\, \frac{n_{k+1}}{n_k} \quad (k = 1, 2, 3) $$
 #
-# so the discounts follow from the training counts alone, with nothing to tune. The insight of Kneser and Ney is that $q$ should not be $p_1$: it is consulted where the history is no help, so
-# it should say in how many *different* histories a token turns up, $t(w) = |\{h : c(h, w) > 0\}|$ of
-# $T = \sum_w t(w)$ pairs (with one added, so that no token is impossible):
+# so the discounts follow from the training counts alone, with nothing to tune. The insight of Kneser and Ney is
+# that $q$ should not be $p_1$: it is consulted where the history is no help, so it should say in how many
+# *different* histories a token turns up, $t(w) = |\{h : c(h, w) > 0\}|$ of $T = \sum_w t(w)$ pairs (with one
+# added, so that no token is impossible):
 #
 # $$ q(w) = \frac{t(w) + 1}{T + V} $$
 
@@ -188,6 +189,10 @@ class Baselines:
 def nats_per_token(model: Unigram | Bigram, tokens: np.ndarray) -> float:
     """Mean of -ln p over tokens[1:], each given the token before it: the targets of `HeldOutBatches`."""
     return float(-np.log(model.probability(tokens[:-1], tokens[1:])).mean())
+
+
+# %%
+print(f"{nats_per_token(bigram, train):.3f} nats per token on the bigram's own training tokens")
 
 
 # %%

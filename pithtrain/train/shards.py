@@ -251,7 +251,7 @@ def _open_shard(path: Path, shard: Shard, dtype: str, verify: bool) -> np.ndarra
                 raise UserError(f"{path}: shard is damaged (its SHA-256 is not the manifest's): {cure}")
     return np.memmap(path, dtype=dtype, mode="r")
 
-# %% ../../nbs/62_shards.py #prepare@4736665a
+# %% ../../nbs/62_shards.py #prepare@673717fc
 def prepare(
     folder: Path,
     corpus: Path | None,
@@ -282,15 +282,15 @@ def prepare(
     finally:
         os.close(lock)
     manifest = read_manifest(folder / "manifest.json")
-    for what, has, wants in (
-        ("corpus", manifest.corpus, found.description),
-        ("model.vocab_size", manifest.vocab_size, vocab_size),
-        ("data.held_out", manifest.held_out_fraction, held_out),
+    changed = " (its text has changed)" if manifest.corpus == found.description else ""
+    for what, same, has, wants in (
+        ("corpus", manifest.fingerprint == found.fingerprint, manifest.corpus, found.description + changed),
+        ("model.vocab_size", manifest.vocab_size == vocab_size, manifest.vocab_size, vocab_size),
+        ("data.held_out", manifest.held_out_fraction == held_out, manifest.held_out_fraction, held_out),
     ):
-        same = manifest.fingerprint == found.fingerprint if what == "corpus" else has == wants
         if not same:
             raise UserError(
-                f"{folder}: holds shards of {what} {has}, this run asks for {wants}"
-                f"{' (its text has changed)' if has == wants else ''}: choose another data.folder or delete it"
+                f"{folder}: holds shards of {what} {has}, this run asks for {wants}: "
+                "choose another data.folder or delete it"
             )
     return open_shards(folder, verify)
