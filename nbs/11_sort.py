@@ -158,7 +158,7 @@ def scan_kernel(
 
 # %% [markdown]
 # Ranks within a chunk: pair $i$ comes after every pair $j < i$ of the same expert, so its rank is
-# $\sum_{j<i} [e_i = e_j]$. Comparing 128 with 128 at a time keeps the comparisons in registers.
+# $\sum_{j<i} [e_i = e_j]$. Comparing 32 with 32 at a time keeps the comparisons in registers.
 
 
 # %%
@@ -194,7 +194,7 @@ def triton_sort_pairs(expert_ids: Tensor, num_experts: int, tile_rows: int, num_
     ids = expert_ids.contiguous()
     pairs = ids.numel()
     rows = pairs if num_pairs is None else num_pairs
-    width, chunk, block = max(triton.next_power_of_2(num_experts), 16), 512, 128
+    width, chunk, block = max(triton.next_power_of_2(num_experts), 16), 512, 32
     chunks, tiles = triton.cdiv(pairs, chunk), triton.cdiv(rows, tile_rows) + num_experts
     new = lambda *shape: torch.empty(shape, dtype=torch.int32, device=ids.device)  # noqa: E731
     table, offsets, first_tile = new(chunks, width), new(num_experts + 1), new(num_experts + 1)

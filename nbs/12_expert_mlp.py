@@ -458,7 +458,8 @@ def activation_gradient(
     activation_gradient_kernel[(programs,)](
         grad, order.pair, TensorDescriptor.from_tensor(down, [1, b.inner, b.columns]), weights, hidden,
         d_hidden, scaled, partials, order.tile_expert, order.first_tile, order.offsets, P,
-        H, I, E, weights.shape[1], b.rows, b.columns, b.inner, programs, 64, num_warps=b.warps, num_stages=b.stages,
+        H, I, E, weights.shape[1], b.rows, b.columns, b.inner, programs, b.inner,
+        num_warps=b.warps, num_stages=max(b.stages - 1, 2),
     )  # fmt: skip
     return d_hidden, scaled, partials
 
@@ -556,7 +557,7 @@ def weight_gradient(
 
 # %% [markdown]
 # Gathering inside the product costs a share of the product; gathering beforehand costs one write and one read of
-# $(P, H)$. The larger the experts, the more the product weighs: from about 2,048 hidden units it is faster to
+# $(P, H)$. The larger the experts, the more the product weighs: from about 1,024 hidden units it is faster to
 # write the gathered tokens once (`dispatch`, the mirror image of `combine`) and to give them to PyTorch's own
 # grouped product.
 
@@ -592,7 +593,7 @@ if INTERPRETED:
 #| export
 def gate_up_gradient(d_hidden: Tensor, tokens: Tensor, order: Sorted) -> Tensor:
     """Gradient of gate_up (E, 2I, H), from what `input_gradients` left."""
-    if d_hidden.shape[1] >= 4096 and d_hidden.dtype == torch.bfloat16 and d_hidden.is_cuda:
+    if d_hidden.shape[1] >= 2048 and d_hidden.dtype == torch.bfloat16 and d_hidden.is_cuda:
         return F.grouped_mm(d_hidden.T, dispatch(tokens, order), offs=order.offsets[1:])
     return weight_gradient(d_hidden, tokens, order, gather_left=False)
 

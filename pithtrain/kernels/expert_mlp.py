@@ -256,7 +256,7 @@ def activation_gradient_kernel(
             tl.store(scaled_ptr + at, (weight * (gate * s * up)).to(dtype), mask=mask)
         tl.store(partial_ptr + block.to(tl.int64) * P + rows, d_weight, mask=rows < end)
 
-# %% ../../nbs/12_expert_mlp.py #activation_gradient@7d267474
+# %% ../../nbs/12_expert_mlp.py #activation_gradient@a3cceb31
 def activation_gradient(
     grad: Tensor, down: Tensor, weights: Tensor, hidden: Tensor, order: Sorted, blocks: Blocks | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,7 +267,8 @@ def activation_gradient(
     activation_gradient_kernel[(programs,)](
         grad, order.pair, TensorDescriptor.from_tensor(down, [1, b.inner, b.columns]), weights, hidden,
         d_hidden, scaled, partials, order.tile_expert, order.first_tile, order.offsets, P,
-        H, I, E, weights.shape[1], b.rows, b.columns, b.inner, programs, 64, num_warps=b.warps, num_stages=b.stages,
+        H, I, E, weights.shape[1], b.rows, b.columns, b.inner, programs, b.inner,
+        num_warps=b.warps, num_stages=max(b.stages - 1, 2),
     )  # fmt: skip
     return d_hidden, scaled, partials
 
@@ -349,10 +350,10 @@ def dispatch(x: Tensor, order: Sorted) -> Tensor:
     dispatch_kernel[(T, triton.cdiv(H, width))](x, order.slot, out, H, K, width)
     return out
 
-# %% ../../nbs/12_expert_mlp.py #gate_up_gradient@06dd890c
+# %% ../../nbs/12_expert_mlp.py #gate_up_gradient@3e940c50
 def gate_up_gradient(d_hidden: Tensor, tokens: Tensor, order: Sorted) -> Tensor:
     """Gradient of gate_up (E, 2I, H), from what `input_gradients` left."""
-    if d_hidden.shape[1] >= 4096 and d_hidden.dtype == torch.bfloat16 and d_hidden.is_cuda:
+    if d_hidden.shape[1] >= 2048 and d_hidden.dtype == torch.bfloat16 and d_hidden.is_cuda:
         return F.grouped_mm(d_hidden.T, dispatch(tokens, order), offs=order.offsets[1:])
     return weight_gradient(d_hidden, tokens, order, gather_left=False)
 

@@ -105,14 +105,14 @@ def place_kernel(
     tl.store(slot_ptr + i, row, mask=i < pairs)
     tl.store(pair_ptr + row, i, mask=(row >= 0) & (i < pairs))
 
-# %% ../../nbs/11_sort.py #triton_sort_pairs@4e60ad96
+# %% ../../nbs/11_sort.py #triton_sort_pairs@30b3de0c
 def triton_sort_pairs(expert_ids: Tensor, num_experts: int, tile_rows: int, num_pairs: int | None = None) -> Sorted:
     """`sort_pairs` by the kernels above."""
     want("expert_ids", expert_ids, expert_ids.shape[:2], (torch.int32, torch.int64), expert_ids.device)
     ids = expert_ids.contiguous()
     pairs = ids.numel()
     rows = pairs if num_pairs is None else num_pairs
-    width, chunk, block = max(triton.next_power_of_2(num_experts), 16), 512, 128
+    width, chunk, block = max(triton.next_power_of_2(num_experts), 16), 512, 32
     chunks, tiles = triton.cdiv(pairs, chunk), triton.cdiv(rows, tile_rows) + num_experts
     new = lambda *shape: torch.empty(shape, dtype=torch.int32, device=ids.device)  # noqa: E731
     table, offsets, first_tile = new(chunks, width), new(num_experts + 1), new(num_experts + 1)
