@@ -12,6 +12,7 @@
 # %%
 #| export
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def parse_overrides(arguments: list[str]) -> list[tuple[str, str]]:
 # %%
 parse_overrides(["--train.steps", "500", "--run.name=wide"])
 
+
+# %%
+#| export
+def refuse_overrides(arguments: list[str], command: str) -> None:
+    """For commands without settings: whatever is left over is a mistake."""
+    if arguments:
+        raise UserError(f"{arguments[0]}: unexpected; pithtrain {command} --help lists the options")
+
+
 # %% [markdown]
 # ## Commands
 #
@@ -69,8 +79,7 @@ def train_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
 #| export
 def generate_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Print a prompt and what the model makes of it."""
-    if overrides:
-        raise UserError(f"{overrides[0]}: unexpected; pithtrain generate --help lists the options")
+    refuse_overrides(overrides, "generate")
     if not (arguments.run / "config.toml").is_file():
         raise UserError(f"{arguments.run}: not a run (no config.toml there); a run's folder is runs/NAME")
     from pithtrain.train.generate import generate
@@ -88,6 +97,57 @@ def generate_command(arguments: argparse.Namespace, overrides: list[str]) -> int
         arguments.seed,
     )
     print(text)
+    return 0
+
+
+# %%
+#| export
+def bench_step_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Time a CPU training step beside transformers; print a table, write JSON where asked."""
+    config = load_config(arguments.config, parse_overrides(overrides))
+    from pithtrain.bench_step import bench_step, describe_bench_step
+
+    result = bench_step(config, arguments.rounds)
+    print(describe_bench_step(result))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+# %%
+#| export
+def bench_moe_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Time one Mixture-of-Experts block beside its floor and its peers; write JSON where asked."""
+    refuse_overrides(overrides, "bench moe")
+    import torch
+
+    from pithtrain.bench import bench_moe, entrants, shape_named
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = bench_moe(shape_named(arguments.shape), device, entrants(), arguments.rounds)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+# %%
+#| export
+def schedule_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Print a pipeline schedule's bubble and peak activations, and save its picture."""
+    refuse_overrides(overrides, "schedule")
+    from pithtrain.parallel.pipeline.describe import describe
+    from pithtrain.parallel.pipeline.draw import draw
+    from pithtrain.parallel.pipeline.generate import generate
+    from pithtrain.parallel.pipeline.schedule import ScheduleError
+
+    try:
+        schedule = generate(arguments.kind, arguments.pp, arguments.microbatches, arguments.chunks)
+        print(describe(schedule))
+    except ScheduleError as error:
+        raise UserError(str(error)) from None
+    picture = arguments.picture or Path(f"{arguments.kind}-pp{arguments.pp}-m{arguments.microbatches}.png")
+    draw(schedule, path=picture)
+    print(f"picture: {picture}")
     return 0
 
 
@@ -142,6 +202,31 @@ def make_parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--seed", type=ranged(int, 0), default=0, help="seed of the draws (default %(default)s)")
     generate.set_defaults(command=generate_command)
+
+    bench = commands.add_parser("bench", help="measure speed beside other systems", allow_abbrev=False)
+    benches = bench.add_subparsers(required=True, metavar="WHAT")
+    step = benches.add_parser("step", help="a CPU training step beside transformers", allow_abbrev=False)
+    step.add_argument("config", type=Path, help="the run's TOML file; settings can be overridden as in train")
+    step.add_argument("--rounds", type=ranged(int, 1), default=9, help="timed steps of each (default %(default)s)")
+    step.add_argument("--json", type=Path, help="write the result to this file")
+    step.set_defaults(command=bench_step_command)
+    moe = benches.add_parser("moe", help="one Mixture-of-Experts block, GPU or CPU", allow_abbrev=False)
+    moe.add_argument("--shape", default="qwen3-30b-a3b", help="name of the shape (default %(default)s)")
+    moe.add_argument("--rounds", type=ranged(int, 1), default=20, help="timed rounds (default %(default)s)")
+    moe.add_argument("--json", type=Path, help="write the result to this file")
+    moe.set_defaults(command=bench_moe_command)
+
+    schedule = commands.add_parser("schedule", help="a pipeline schedule as a table and a picture", allow_abbrev=False)
+    schedule.add_argument("--kind", default="dualpipev", help="the schedule (default %(default)s)")
+    schedule.add_argument("--pp", type=ranged(int, 1), default=4, help="pipeline ranks (default %(default)s)")
+    schedule.add_argument(
+        "--microbatches", type=ranged(int, 1), default=16, help="microbatches of a step (default %(default)s)"
+    )
+    schedule.add_argument(
+        "--chunks", type=ranged(int, 1), default=2, help="stages of a rank, interleaved only (default %(default)s)"
+    )
+    schedule.add_argument("--picture", type=Path, help="where to save the picture (default KIND-ppP-mM.png)")
+    schedule.set_defaults(command=schedule_command)
     return parser
 
 
