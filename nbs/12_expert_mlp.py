@@ -454,7 +454,9 @@ def activation_gradient(
     """d_hidden (P, 2I), weight * activated (P, I) and partial sums (n, P) of d_weights, from grad (T, H)."""
     (E, H, I), P, b, programs = down.shape, len(hidden), blocks or blocks_for(grad), programs_on(grad)
     d_hidden, scaled = torch.empty_like(hidden), hidden.new_empty(P, I)
-    partials = hidden.new_empty(triton.cdiv(I, b.columns), P, dtype=torch.float32)
+    # zeros, not empty: autograd's thread has no current CUDA context before its first ordinary launch, and building
+    # a descriptor needs one
+    partials = hidden.new_zeros(triton.cdiv(I, b.columns), P, dtype=torch.float32)
     activation_gradient_kernel[(programs,)](
         grad, order.pair, TensorDescriptor.from_tensor(down, [1, b.inner, b.columns]), weights, hidden,
         d_hidden, scaled, partials, order.tile_expert, order.first_tile, order.offsets, P,

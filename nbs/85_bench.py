@@ -278,37 +278,46 @@ def floor_products(problem: Problem) -> Callable[[], None]:
 # %% [markdown]
 # ## Timing
 #
-# On a GPU the clock is its own events, a fresh 256 MB is written before every repetition to empty the cache, and the
+# On a GPU the clock is its own events. A graphics card slows down as it warms up, so the entrants take turns, and a
+# fresh 256 MB is written before each turn to empty the cache. The host runs ahead, as it does in training. The
 # median is reported. Peak memory is what one pass holds beyond weights, tokens and output gradient.
 
 
 # %%
 #| export
-def median_ms(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median milliseconds of `run` over `repeats`, after three warm-up runs."""
-    for _ in range(3):
+def medians_ms(runs: list[Callable[[], object]], device: torch.device, repeats: int) -> list[float]:
+    """Median milliseconds of each of `runs`, which take turns `repeats` times after two warm-up turns."""
+    for run in runs * 2:
         run()
-    times = []
+    times: list[list[float]] = [[] for _ in runs]
     if device.type == "cuda":
         flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
-        for _ in range(repeats):
+        events = []
+        for i, run in list(enumerate(runs)) * repeats:
             flush.zero_()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             run()
             end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
+            events.append((i, start, end))
+        torch.cuda.synchronize()
+        for i, start, end in events:
+            times[i].append(start.elapsed_time(end))
     else:
-        for _ in range(repeats):
+        for i, run in list(enumerate(runs)) * repeats:
             began = time.perf_counter()
             run()
-            times.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(times)
+            times[i].append(1e3 * (time.perf_counter() - began))
+    return [statistics.median(t) for t in times]
 
 
 # %%
-print(f"a small product: {median_ms(lambda: small.tokens @ small.tokens.T, torch.device('cpu'), 5):.2f} ms")
+x = small.tokens.detach()
+print(
+    "a small product and one four times as large: {:.2f} and {:.2f} ms".format(
+        *medians_ms([lambda: x @ x.T, lambda: x.repeat(2, 1) @ x.repeat(2, 1).T], torch.device("cpu"), 5)
+    )
+)
 
 
 # %%
@@ -345,18 +354,19 @@ def bench_moe(shape: Shape, device: torch.device, peers: list[Entrant], repeats:
     shape, measured = shape_for(shape, device)
     problem = make_problem(shape, device)
     tflop = 18 * shape.tokens * shape.top_k * shape.hidden * shape.expert_hidden / 1e12
-    floor = median_ms(floor_products(problem), device, repeats)
-    rows = [{"name": "floor: grouped products alone", "ms": floor, "peak_gib": None, "difference": None}]
     with torch.no_grad():
         ours = pithtrain_block(problem)(problem.tokens).double()
+    runs: list[Callable[[], object]] = [floor_products(problem)]
+    rows = [{"name": "floor: grouped products alone", "peak_gib": None, "difference": None}]
     for peer in peers:
         block = peer.build(problem)
         with torch.no_grad():
             difference = ((block(problem.tokens).double() - ours).norm() / ours.norm()).item()
-        row = {"name": peer.name, "peak_gib": peak_gib(block, problem), "difference": difference}
-        rows.append(row | {"ms": median_ms(lambda block=block: one_pass(block, problem), device, repeats)})
-    for row in rows:
-        row |= {"ratio_to_floor": row["ms"] / floor, "tflops": tflop / row["ms"] * 1e3}
+        rows.append({"name": peer.name, "peak_gib": peak_gib(block, problem), "difference": difference})
+        runs.append(lambda block=block: one_pass(block, problem))
+    times = medians_ms(runs, device, repeats)
+    for row, ms in zip(rows, times, strict=True):
+        row |= {"ms": ms, "ratio_to_floor": ms / times[0], "tflops": tflop / ms * 1e3}
     packages = ["torch", "triton", "transformers"]
     result = {
         "what": "forward and backward of a MoE block: router, dispatch, experts, combine",

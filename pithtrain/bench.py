@@ -4,7 +4,7 @@
 
 # %% auto
 __all__ = ['SHAPES', 'Block', 'Shape', 'shape_named', 'shape_for', 'Problem', 'make_problem', 'Entrant', 'pithtrain_block',
-           'grouped', 'torch_block', 'transformers_block', 'entrants', 'floor_products', 'median_ms', 'one_pass',
+           'grouped', 'torch_block', 'transformers_block', 'entrants', 'floor_products', 'medians_ms', 'one_pass',
            'peak_gib', 'bench_moe', 'table']
 
 # %% ../nbs/85_bench.py #imports@876980d9
@@ -195,28 +195,31 @@ def floor_products(problem: Problem) -> Callable[[], None]:
 
     return products
 
-# %% ../nbs/85_bench.py #median_ms@a9a3f3cb
-def median_ms(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median milliseconds of `run` over `repeats`, after three warm-up runs."""
-    for _ in range(3):
+# %% ../nbs/85_bench.py #medians_ms@882c49cd
+def medians_ms(runs: list[Callable[[], object]], device: torch.device, repeats: int) -> list[float]:
+    """Median milliseconds of each of `runs`, which take turns `repeats` times after two warm-up turns."""
+    for run in runs * 2:
         run()
-    times = []
+    times: list[list[float]] = [[] for _ in runs]
     if device.type == "cuda":
         flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
-        for _ in range(repeats):
+        events = []
+        for i, run in list(enumerate(runs)) * repeats:
             flush.zero_()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             run()
             end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
+            events.append((i, start, end))
+        torch.cuda.synchronize()
+        for i, start, end in events:
+            times[i].append(start.elapsed_time(end))
     else:
-        for _ in range(repeats):
+        for i, run in list(enumerate(runs)) * repeats:
             began = time.perf_counter()
             run()
-            times.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(times)
+            times[i].append(1e3 * (time.perf_counter() - began))
+    return [statistics.median(t) for t in times]
 
 # %% ../nbs/85_bench.py #one_pass@adbac625
 def one_pass(block: Block, problem: Problem) -> None:
@@ -239,24 +242,25 @@ def peak_gib(block: Block, problem: Problem) -> float | None:
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
-# %% ../nbs/85_bench.py #bench_moe@f21ea66a
+# %% ../nbs/85_bench.py #bench_moe@35c17cf0
 def bench_moe(shape: Shape, device: torch.device, peers: list[Entrant], repeats: int = 20) -> dict:
     """Measure `peers` and the floor on `shape`, print a table, and return what was measured, ready for JSON."""
     shape, measured = shape_for(shape, device)
     problem = make_problem(shape, device)
     tflop = 18 * shape.tokens * shape.top_k * shape.hidden * shape.expert_hidden / 1e12
-    floor = median_ms(floor_products(problem), device, repeats)
-    rows = [{"name": "floor: grouped products alone", "ms": floor, "peak_gib": None, "difference": None}]
     with torch.no_grad():
         ours = pithtrain_block(problem)(problem.tokens).double()
+    runs: list[Callable[[], object]] = [floor_products(problem)]
+    rows = [{"name": "floor: grouped products alone", "peak_gib": None, "difference": None}]
     for peer in peers:
         block = peer.build(problem)
         with torch.no_grad():
             difference = ((block(problem.tokens).double() - ours).norm() / ours.norm()).item()
-        row = {"name": peer.name, "peak_gib": peak_gib(block, problem), "difference": difference}
-        rows.append(row | {"ms": median_ms(lambda block=block: one_pass(block, problem), device, repeats)})
-    for row in rows:
-        row |= {"ratio_to_floor": row["ms"] / floor, "tflops": tflop / row["ms"] * 1e3}
+        rows.append({"name": peer.name, "peak_gib": peak_gib(block, problem), "difference": difference})
+        runs.append(lambda block=block: one_pass(block, problem))
+    times = medians_ms(runs, device, repeats)
+    for row, ms in zip(rows, times, strict=True):
+        row |= {"ms": ms, "ratio_to_floor": ms / times[0], "tflops": tflop / ms * 1e3}
     packages = ["torch", "triton", "transformers"]
     result = {
         "what": "forward and backward of a MoE block: router, dispatch, experts, combine",

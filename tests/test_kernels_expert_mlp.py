@@ -1,5 +1,7 @@
 """The expert MLP kernels against the loop over experts in float64, on the GPU or under Triton's interpreter."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -166,6 +168,19 @@ def test_gpu_never_waits_for_the_host():
         mlp.expert_mlp(*args).backward(grad)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+@needs_gpu
+def test_gpu_backward_in_a_thread_without_a_cuda_context():
+    """autograd runs backward in threads of its own, which have no current CUDA context at first."""
+    torch.use_deterministic_algorithms(False)  # filling new tensors would launch something first
+    x, ids, w, gate_up, down = (t.detach() for t in problem(100, 64, 32, 4, 2, torch.bfloat16))
+    order = mlp.sort_pairs(ids, 4, mlp.blocks_for(x).rows)
+    hidden, _ = mlp.up_projection(x, gate_up, order, 2)
+    mlp.input_gradients(x, gate_up, down, w, hidden, order)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(mlp.input_gradients, x, gate_up, down, w, hidden, order).result()
 
 
 @gpu

@@ -256,14 +256,16 @@ def activation_gradient_kernel(
             tl.store(scaled_ptr + at, (weight * (gate * s * up)).to(dtype), mask=mask)
         tl.store(partial_ptr + block.to(tl.int64) * P + rows, d_weight, mask=rows < end)
 
-# %% ../../nbs/12_expert_mlp.py #activation_gradient@a3cceb31
+# %% ../../nbs/12_expert_mlp.py #activation_gradient@5ad9cc35
 def activation_gradient(
     grad: Tensor, down: Tensor, weights: Tensor, hidden: Tensor, order: Sorted, blocks: Blocks | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d_hidden (P, 2I), weight * activated (P, I) and partial sums (n, P) of d_weights, from grad (T, H)."""
     (E, H, I), P, b, programs = down.shape, len(hidden), blocks or blocks_for(grad), programs_on(grad)
     d_hidden, scaled = torch.empty_like(hidden), hidden.new_empty(P, I)
-    partials = hidden.new_empty(triton.cdiv(I, b.columns), P, dtype=torch.float32)
+    # zeros, not empty: autograd's thread has no current CUDA context before its first ordinary launch, and building
+    # a descriptor needs one
+    partials = hidden.new_zeros(triton.cdiv(I, b.columns), P, dtype=torch.float32)
     activation_gradient_kernel[(programs,)](
         grad, order.pair, TensorDescriptor.from_tensor(down, [1, b.inner, b.columns]), weights, hidden,
         d_hidden, scaled, partials, order.tile_expert, order.first_tile, order.offsets, P,
