@@ -30,6 +30,7 @@ from torch import Tensor
 from pithtrain.config import UserError
 from pithtrain.kernels.expert_mlp import expert_mlp
 from pithtrain.kernels.router import route
+from pithtrain.layers.experts import ExpertMLP
 
 # %% [markdown]
 # ## Shapes
@@ -137,11 +138,12 @@ class Entrant(NamedTuple):
 
 
 def pithtrain_block(problem: Problem) -> Block:
-    """Our block: `route` and `expert_mlp`."""
+    """Our block: `route`, then the kernels' `expert_mlp` on CUDA and the layer's `ExpertMLP` elsewhere."""
+    mlp = expert_mlp if problem.tokens.is_cuda else ExpertMLP.apply
 
     def block(tokens: Tensor) -> Tensor:
         routing = route(tokens, problem.router, problem.shape.top_k)
-        return expert_mlp(tokens, routing.expert_ids, routing.weights, problem.gate_up, problem.down)
+        return mlp(tokens, routing.expert_ids, routing.weights, problem.gate_up, problem.down)
 
     return block
 

@@ -7,7 +7,7 @@ __all__ = ['SHAPES', 'Block', 'Shape', 'shape_named', 'shape_for', 'Problem', 'm
            'grouped', 'torch_block', 'transformers_block', 'entrants', 'floor_products', 'medians_ms', 'one_pass',
            'peak_gib', 'bench_moe', 'table']
 
-# %% ../nbs/85_bench.py #imports@876980d9
+# %% ../nbs/85_bench.py #imports@01e9f494
 import datetime
 import importlib.metadata
 import importlib.util
@@ -23,6 +23,7 @@ from torch import Tensor
 from .config import UserError
 from .kernels.expert_mlp import expert_mlp
 from .kernels.router import route
+from .layers.experts import ExpertMLP
 
 # %% ../nbs/85_bench.py #Shape@e4011695
 class Shape(NamedTuple):
@@ -82,7 +83,7 @@ def make_problem(shape: Shape, device: torch.device) -> Problem:
     tokens, router, gate_up, down = (t.requires_grad_() for t in leaves)
     return Problem(shape, tokens, new(T, H), router, gate_up, down)
 
-# %% ../nbs/85_bench.py #Block@b424bc73
+# %% ../nbs/85_bench.py #Block@b6de94fe
 Block = Callable[[Tensor], Tensor]
 
 
@@ -94,11 +95,12 @@ class Entrant(NamedTuple):
 
 
 def pithtrain_block(problem: Problem) -> Block:
-    """Our block: `route` and `expert_mlp`."""
+    """Our block: `route`, then the kernels' `expert_mlp` on CUDA and the layer's `ExpertMLP` elsewhere."""
+    mlp = expert_mlp if problem.tokens.is_cuda else ExpertMLP.apply
 
     def block(tokens: Tensor) -> Tensor:
         routing = route(tokens, problem.router, problem.shape.top_k)
-        return expert_mlp(tokens, routing.expert_ids, routing.weights, problem.gate_up, problem.down)
+        return mlp(tokens, routing.expert_ids, routing.weights, problem.gate_up, problem.down)
 
     return block
 
