@@ -55,7 +55,7 @@ def read_notebook(path: Path) -> dict:
 
 def cell_name(source: str, path: Path) -> str:
     """The first function, class or variable that a cell defines; `imports` if it defines none."""
-    for node in ast.parse(source, filename=str(path)).body:
+    for node in ast.parse(source, filename=f"{path} (a cell)").body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             return node.name
         if isinstance(node, ast.Assign | ast.AnnAssign):
@@ -208,7 +208,7 @@ def with_cell(text: str, path: Path, name: str, code: str) -> str:
 def absolute_imports(code: str, module: Path) -> str:
     """`code` of `module` with its relative imports spelt out, as the notebook needs them."""
     lines = code.split("\n")
-    for node in ast.walk(ast.parse(code, filename=str(module))):
+    for node in ast.walk(ast.parse(code, filename=f"{module} (a block)")):
         if isinstance(node, ast.ImportFrom) and node.level:
             package = ".".join([*module.parts[: len(module.parts) - node.level], *filter(None, [node.module])])
             line = node.lineno - 1

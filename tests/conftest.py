@@ -1,0 +1,21 @@
+"""Failures name the notebook to open; tests marked `gpu` are skipped where there is no CUDA device."""
+
+import pytest
+
+from pithtrain.traceback import notebook_of
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    report = yield
+    if report.failed and call.excinfo is not None and (found := notebook_of(call.excinfo.tb)):
+        report.sections.append((f"notebook: {found}", ""))
+    return report
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
