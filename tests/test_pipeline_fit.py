@@ -1,0 +1,47 @@
+"""Costs fitted to a timeline of known costs."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pithtrain.parallel.pipeline.fit import fit_costs, timeline_of
+from pithtrain.parallel.pipeline.generate import KINDS, generate
+from pithtrain.parallel.pipeline.lower import lower
+from pithtrain.parallel.pipeline.simulate import Costs, simulate
+
+TIME = st.integers(4, 16).map(lambda n: n / 8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None, max_examples=15)
+@given(data=st.data(), pp=st.integers(2, 4), hidden=st.integers(0, 8).map(lambda n: n / 8))
+def test_costs_that_made_a_timeline_are_found_again(kind, data, pp, hidden):
+    schedule = lower(generate(kind, pp, 4 * pp))
+    per_stage = st.tuples(*[TIME] * schedule.stages)
+    times = [data.draw(per_stage) for _ in range(3)]
+    if kind in ("gpipe", "1f1b", "interleaved"):
+        times[2] = times[1]  # halves are equal where only wholes are seen
+    true = simulate(schedule, Costs(*times, hidden=hidden))
+    fitted = fit_costs(schedule, true.compute)
+    for name, want in zip(("forward", "backward_input", "backward_weight"), times, strict=True):
+        assert getattr(fitted, name) == pytest.approx(want)
+    assert fitted.hidden == pytest.approx(hidden if kind == "dualpipev" else 0.0, abs=1e-9)
+    assert fitted.send == pytest.approx(0.0, abs=1e-9)
+    assert simulate(schedule, fitted).time == pytest.approx(true.time)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transfers_are_found_in_the_gaps(kind):
+    schedule = lower(generate(kind, 4, 12))
+    true = simulate(schedule, Costs(1.0, 1.2, 0.8, send=0.03))
+    fitted = fit_costs(schedule, true.compute)
+    assert fitted.send == pytest.approx(0.03, rel=0.5)
+    assert simulate(schedule, fitted).time == pytest.approx(true.time, rel=0.03)
+
+
+def test_a_recorded_timeline_begins_at_zero():
+    schedule = lower(generate("1f1b", 2, 3))
+    true = simulate(schedule)
+    late = [[span._replace(start=span.start + 7, end=span.end + 7) for span in spans] for spans in true.compute]
+    moved = timeline_of(schedule, late)
+    assert (moved.compute, moved.time, moved.idle) == (true.compute, true.time, true.idle)
