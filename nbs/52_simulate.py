@@ -138,11 +138,10 @@ class Span(NamedTuple):
 #| export
 @dataclass(frozen=True)
 class Timeline:
-    """When everything ran, per rank; `traffic` holds transfers received, gathers and reductions."""
+    """When each pass ran, per rank, and what follows from it."""
 
     schedule: Schedule
     compute: tuple[tuple[Span, ...], ...]
-    traffic: tuple[tuple[Span, ...], ...]
     peak: tuple[int, ...]  # live activations
     memory: tuple[float, ...]  # the most that live activations took, in units of costs.memory
     time: float  # of the whole step
@@ -220,7 +219,6 @@ class _Rank:
     peak: int = 0
     memory: float = 0.0
     compute: list = field(default_factory=list)
-    traffic: list = field(default_factory=list)
 
 
 # %%
@@ -249,7 +247,6 @@ def simulate(schedule: Schedule, costs: Costs = UNIT) -> Timeline:
     return Timeline(
         schedule=schedule,
         compute=tuple(tuple(state.compute) for state in ranks),
-        traffic=tuple(tuple(state.traffic) for state in ranks),
         peak=tuple(state.peak for state in ranks),
         memory=tuple(state.memory for state in ranks),
         time=max(max(state.time, state.collectives, state.wire) for state in ranks),
@@ -278,9 +275,7 @@ def _advance(
         case Op.EXCHANGE:
             state.posted.append((start, action.parts))
         case Op.UNSHARD | Op.REDUCE:
-            start = max(start, state.collectives)
-            state.collectives = start + costs.of(action)
-            state.traffic.append(Span(action, start, state.collectives))
+            state.collectives = max(start, state.collectives) + costs.of(action)
             if action.op is Op.UNSHARD:
                 state.gathered[action.stage] = state.collectives
         case Op.RESHARD:
@@ -332,8 +327,6 @@ def _deliver(schedule: Schedule, costs: Costs, ranks: list[_Rank], r: int, done:
         if peer.posted and other in peer.posted[0][1]:
             start = max(posted, state.wire, peer.posted[0][0], peer.wire)
             done[part] = done[other] = start + costs.send
-            receiver, receive = (state, part) if part.op in (Op.RECV_FORWARD, Op.RECV_BACKWARD) else (peer, other)
-            receiver.traffic.append(Span(receive, start, start + costs.send))
     if not all(part in done for part in parts):
         return False
     state.wire = max([state.wire, *(done[part] for part in parts)])

@@ -128,9 +128,8 @@ fig
 #    by then all earlier exchanges of that rank may be waited for too: `validate` has proved that this ends.
 # 3. **Neighbours on one rank** hand over directly: $y$ of stage $s$ is $x$ of stage $s+1$, cut from the
 #    graph so that each stage's backward is its own.
-# 4. **Memory.** A forward's activations live until its `B` or `W`; `I` must free what only `I` needs. What
-#    was sent may be dropped once a later exchange of the rank has been waited for, and a received input or
-#    gradient with the pass that uses it last.
+# 4. **Memory.** A forward's activations live until its `B` or `W`, and no longer. What was sent is dropped when
+#    its exchange has been waited for, by the next pass that needs that exchange or a later one.
 # 5. **Weight gradients** add up over microbatches, in whatever order the list has, into one sum per parameter.
 # 6. **Parameters.** A stage's are complete from `UNSHARD` (a pass waits for it) to `RESHARD`. `REDUCE` comes
 #    once, after the stage's last weight gradient, and is complete at the end of the step.

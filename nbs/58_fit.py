@@ -84,7 +84,7 @@ def timeline_of(schedule: Schedule, recorded: Sequence[Sequence[Span]]) -> Timel
         tuple(Span(span.action, span.start - start, span.end - start) for span in spans) for spans in recorded
     )
     order = simulate(schedule)  # how many activations are live is a matter of order alone
-    return replace(order, compute=moved, traffic=(), time=max(span.end for spans in moved for span in spans))
+    return replace(order, compute=moved, time=max(span.end for spans in moved for span in spans))
 
 
 # %% [markdown]

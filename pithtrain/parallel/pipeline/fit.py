@@ -58,7 +58,7 @@ def fit_costs(schedule: Schedule, recorded: Sequence[Sequence[Span]]) -> Costs:
         costs = replace(costs, hidden=min(1.0, max(0.0, saved / sum(map(min, apart)))))
     return costs
 
-# %% ../../../nbs/58_fit.py #timeline_of@4fa96aca
+# %% ../../../nbs/58_fit.py #timeline_of@635bbb18
 def timeline_of(schedule: Schedule, recorded: Sequence[Sequence[Span]]) -> Timeline:
     """Recorded spans as a timeline that begins at 0, to be drawn beside a simulated one."""
     start = min(span.start for spans in recorded for span in spans)
@@ -66,4 +66,4 @@ def timeline_of(schedule: Schedule, recorded: Sequence[Sequence[Span]]) -> Timel
         tuple(Span(span.action, span.start - start, span.end - start) for span in spans) for spans in recorded
     )
     order = simulate(schedule)  # how many activations are live is a matter of order alone
-    return replace(order, compute=moved, traffic=(), time=max(span.end for spans in moved for span in spans))
+    return replace(order, compute=moved, time=max(span.end for spans in moved for span in spans))

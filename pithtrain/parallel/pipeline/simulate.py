@@ -85,14 +85,13 @@ class Span(NamedTuple):
     start: float
     end: float
 
-# %% ../../../nbs/52_simulate.py #Timeline@1e527e90
+# %% ../../../nbs/52_simulate.py #Timeline@2708ad73
 @dataclass(frozen=True)
 class Timeline:
-    """When everything ran, per rank; `traffic` holds transfers received, gathers and reductions."""
+    """When each pass ran, per rank, and what follows from it."""
 
     schedule: Schedule
     compute: tuple[tuple[Span, ...], ...]
-    traffic: tuple[tuple[Span, ...], ...]
     peak: tuple[int, ...]  # live activations
     memory: tuple[float, ...]  # the most that live activations took, in units of costs.memory
     time: float  # of the whole step
@@ -105,7 +104,7 @@ class Timeline:
     def bubble(self) -> float:
         return max(self.idle)
 
-# %% ../../../nbs/52_simulate.py #_Rank@a8d1f6ac
+# %% ../../../nbs/52_simulate.py #_Rank@6381ede4
 @dataclass
 class _Rank:
     """How far one rank has come."""
@@ -120,9 +119,8 @@ class _Rank:
     peak: int = 0
     memory: float = 0.0
     compute: list = field(default_factory=list)
-    traffic: list = field(default_factory=list)
 
-# %% ../../../nbs/52_simulate.py #simulate@307c97fe
+# %% ../../../nbs/52_simulate.py #simulate@d9d6c974
 def simulate(schedule: Schedule, costs: Costs = UNIT) -> Timeline:
     """Times a schedule, with or without explicit exchanges and gathers.
 
@@ -147,13 +145,12 @@ def simulate(schedule: Schedule, costs: Costs = UNIT) -> Timeline:
     return Timeline(
         schedule=schedule,
         compute=tuple(tuple(state.compute) for state in ranks),
-        traffic=tuple(tuple(state.traffic) for state in ranks),
         peak=tuple(state.peak for state in ranks),
         memory=tuple(state.memory for state in ranks),
         time=max(max(state.time, state.collectives, state.wire) for state in ranks),
     )
 
-# %% ../../../nbs/52_simulate.py #_advance@d1693ecc
+# %% ../../../nbs/52_simulate.py #_advance@eab827e3
 def _advance(
     schedule: Schedule, costs: Costs, explicit: bool, ranks: list[_Rank], r: int, done: dict[Action, float]
 ) -> bool:
@@ -170,9 +167,7 @@ def _advance(
         case Op.EXCHANGE:
             state.posted.append((start, action.parts))
         case Op.UNSHARD | Op.REDUCE:
-            start = max(start, state.collectives)
-            state.collectives = start + costs.of(action)
-            state.traffic.append(Span(action, start, state.collectives))
+            state.collectives = max(start, state.collectives) + costs.of(action)
             if action.op is Op.UNSHARD:
                 state.gathered[action.stage] = state.collectives
         case Op.RESHARD:
@@ -201,7 +196,7 @@ def _account(state: _Rank, costs: Costs, action: Action, done: dict[Action, floa
         if part.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT) and part.stage in state.live:
             state.live.remove(part.stage)
 
-# %% ../../../nbs/52_simulate.py #_deliver@576c60f7
+# %% ../../../nbs/52_simulate.py #_deliver@55be8247
 def _deliver(schedule: Schedule, costs: Costs, ranks: list[_Rank], r: int, done: dict[Action, float]) -> bool:
     """Runs what can run of the exchange at the head of a rank's stream; True if that finishes it."""
     state = ranks[r]
@@ -216,8 +211,6 @@ def _deliver(schedule: Schedule, costs: Costs, ranks: list[_Rank], r: int, done:
         if peer.posted and other in peer.posted[0][1]:
             start = max(posted, state.wire, peer.posted[0][0], peer.wire)
             done[part] = done[other] = start + costs.send
-            receiver, receive = (state, part) if part.op in (Op.RECV_FORWARD, Op.RECV_BACKWARD) else (peer, other)
-            receiver.traffic.append(Span(receive, start, start + costs.send))
     if not all(part in done for part in parts):
         return False
     state.wire = max([state.wire, *(done[part] for part in parts)])
