@@ -18,6 +18,7 @@ from pithtrain.parallel.pipeline.lower import lower
 from pithtrain.parallel.pipeline.schedule import Action, Op, Schedule, ScheduleError, split_layers
 
 WIDTH, LAYERS, MICROBATCHES, STEPS = 12, 10, 9, 3
+RECOMPUTE = ("nothing", "layers", "stage")  # by checkpoint around each layer, by the stage itself
 torch.set_num_threads(1)  # small tensors: more threads only wait for each other
 
 
@@ -36,21 +37,21 @@ class Layer(nn.Module):
 class Part(nn.Module):
     """Some layers in a row, with embedding in front or loss behind where the model begins or ends."""
 
-    def __init__(self, layers, embedding, head, recompute):
+    def __init__(self, layers, embedding, head, checkpointed):
         super().__init__()
-        self.layers, self.embedding, self.head, self.recompute = nn.ModuleList(layers), embedding, head, recompute
+        self.layers, self.embedding, self.head, self.checkpointed = nn.ModuleList(layers), embedding, head, checkpointed
 
     def forward(self, x, batch):
         tokens, targets = batch
         x = self.embedding(tokens) if self.embedding else x
         for layer in self.layers:
-            x = checkpoint(layer, x, use_reentrant=False) if self.recompute else layer(x)
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointed else layer(x)
         return nn.functional.cross_entropy(self.head(x), targets) / MICROBATCHES if self.head else x
 
 
 def whole_model():
     torch.manual_seed(0)
-    return Part([Layer() for _ in range(LAYERS)], nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 11), recompute=False)
+    return Part([Layer() for _ in range(LAYERS)], nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 11), checkpointed=False)
 
 
 def batches(step, replica):
@@ -85,12 +86,12 @@ def worst_error(schedule, group, replicas, replica, recompute):
             [source.layers[i] for i in splits[s]],
             source.embedding if s == 0 else None,
             source.head if s == schedule.stages - 1 else None,
-            recompute,
+            recompute == "layers",
         )
 
     held = schedule.held_by(rank)
     modules = {s: part(model, s) for s in held}
-    stages = {s: ModuleStage(modules[s], replicas) for s in held}
+    stages = {s: ModuleStage(modules[s], replicas, recompute == "stage") for s in held}
     engine = Engine(schedule, stages, torch.empty(6, WIDTH), group)
     optimizer = torch.optim.SGD([p for m in modules.values() for p in m.parameters()], lr=0.5, momentum=0.9)
     error = 0.0
@@ -115,7 +116,7 @@ def work(rank, pp, dp, folder):
     group, replicas = mesh.get_group("pp"), mesh.get_group("dp") if dp > 1 else None
     errors = {}
     for kind in KINDS:
-        for recompute in (False, True):
+        for recompute in RECOMPUTE:
             schedule = lower(generate(kind, pp, MICROBATCHES), resident=2)
             error = worst_error(schedule, group, replicas, rank % dp, recompute)
             gathered = [None] * (pp * dp)
@@ -134,7 +135,7 @@ def errors(request, tmp_path_factory):
     return torch.load(f"{folder}/errors")
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_gradients_and_weights_equal_one_process(errors, kind, recompute):
     if (kind, recompute) not in errors:
@@ -144,7 +145,7 @@ def test_losses_gradients_and_weights_equal_one_process(errors, kind, recompute)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_rank_needs_no_process_group(kind):
-    assert worst_error(lower(generate(kind, 1, MICROBATCHES)), None, None, 0, False) < 1e-5
+    assert worst_error(lower(generate(kind, 1, MICROBATCHES)), None, None, 0, "stage") < 1e-5
 
 
 def backwards_first(pp, microbatches):
@@ -157,7 +158,7 @@ def backwards_first(pp, microbatches):
 def work_own(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    error = worst_error(lower(backwards_first(2, MICROBATCHES)), dist.group.WORLD, None, 0, False)
+    error = worst_error(lower(backwards_first(2, MICROBATCHES)), dist.group.WORLD, None, 0, "nothing")
     assert error < 1e-5, error
     dist.destroy_process_group()
 
@@ -287,6 +288,23 @@ def test_activations_are_freed_when_the_list_says():
         finally:
             gc.enable()
         assert (most[0], len(alive)) == (simulate(schedule).peak[0], 0), kind
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_stage_recomputes_once_for_both_halves(first):
+    calls = []
+
+    class Counted(Link):
+        def forward(self, x, batch):
+            calls.append(torch.is_grad_enabled())
+            return super().forward(x, batch)
+
+    stage, x = ModuleStage(Counted(first, False), recompute=True), torch.randn(3, WIDTH)
+    y, saved = stage.forward(None if first else x, x)
+    _, rest = stage.backward_input(saved, torch.ones_like(y))
+    stage.backward_weight(rest)
+    assert calls == [False, True]
+    assert torch.allclose(stage.module.weight.grad, x.T @ torch.ones_like(y))
 
 
 def test_errors_are_one_line_and_name_the_action():

@@ -90,29 +90,37 @@ def split_graph(root: Node, x: Tensor) -> tuple[dict[Node, list[Tensor]], list[T
     own = {node: [w for w in found if uses[w] == 1] for node, found in weights.items()}
     return {node: found for node, found in own.items() if found}, shared
 
-# %% ../../../nbs/57_engine.py #ModuleStage@24d24725
+# %% ../../../nbs/57_engine.py #ModuleStage@11c70ffd
 class ModuleStage:
-    """A stage made of any module called as module(x, batch); gradients are averaged over `replicas`."""
+    """A stage made of any module called as module(x, batch); gradients are averaged over `replicas`.
 
-    def __init__(self, module: nn.Module, replicas: dist.ProcessGroup | None = None):
-        self.module = module
-        self.replicas = replicas
+    With `recompute`, a forward keeps only x, and runs again when its backward comes.
+    """
+
+    def __init__(self, module: nn.Module, replicas: dist.ProcessGroup | None = None, recompute: bool = False):
+        self.module, self.replicas, self.recompute = module, replicas, recompute
 
     def forward(self, x: Tensor | None, batch: Any) -> tuple[Tensor, Any]:
         if x is not None:
             x = x.detach().requires_grad_()
-        y = self.module(x, batch)
-        return y.detach(), (x, get_gradient_edge(y))
+        with torch.set_grad_enabled(not self.recompute):
+            y = self.module(x, batch)
+        return y.detach(), (x, batch, None if self.recompute else get_gradient_edge(y))
+
+    def graph(self, saved: Any) -> tuple[Tensor | None, GradientEdge]:
+        """The input, and the output's place in the graph, which is made now if it was not kept."""
+        x, batch, y = saved
+        return x, y or get_gradient_edge(self.module(x, batch))
 
     def backward(self, saved: Any, grad: Tensor) -> Tensor | None:
-        x, y = saved
+        x, y = self.graph(saved)
         torch.autograd.backward((y,), (grad,))
         return None if x is None else x.grad
 
     def backward_input(self, saved: Any, grad: Tensor) -> tuple[Tensor | None, Any]:
-        x, y = saved
-        if x is None:  # nobody waits for the first stage: all of its backward can wait
-            return None, (y, grad)
+        if saved[0] is None:  # nobody waits for the first stage: all of its backward can wait
+            return None, (saved, grad)
+        x, y = self.graph(saved)
         weights, shared = split_graph(y.node, x)
         noted: dict[Node, tuple[Tensor | None, ...]] = {}
         hooks = [node.register_prehook(lambda grads, node=node: noted.__setitem__(node, grads)) for node in weights]
@@ -123,8 +131,7 @@ class ModuleStage:
 
     def backward_weight(self, saved: Any) -> None:
         if not isinstance(saved, Branches):
-            y, grad = saved
-            torch.autograd.backward((y,), (grad,))
+            torch.autograd.backward((self.graph(saved[0])[1],), (saved[1],))
             return
         while saved.noted:
             node, grads = saved.noted.popitem()
