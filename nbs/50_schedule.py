@@ -46,6 +46,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from pithtrain.config import UserError
+
 
 # %%
 #| export
@@ -120,7 +122,7 @@ assert overlapped.computes == (forward, backward) and forward.computes == (forwa
 
 # %%
 #| export
-class ScheduleError(ValueError):
+class ScheduleError(UserError):
     """A schedule that cannot be made, or cannot run; the message is one line."""
 
 

@@ -60,8 +60,8 @@ def test_zb_h1(size, f, i, w):
 @settings(deadline=None, max_examples=100)
 @given(size=sizes(2), times=st.tuples(TIME, TIME, TIME), hidden=HIDDEN)
 def test_dualpipev_is_never_worse_than_its_form(size, times, hidden):
-    f, w, i = sorted(times)  # F <= I >= W
-    for f, w in ((f, w), (w, f)):  # noqa: B020
+    a, b, i = sorted(times)  # F <= I >= W
+    for f, w in ((a, b), (b, a)):
         costs = Costs(f, i, w, hidden=hidden)
         timeline, form = simulate(generate("dualpipev", *size), costs), closed_form("dualpipev", *size, costs)
         assert timeline.bubble <= form.bubble
@@ -80,8 +80,8 @@ def test_dualpipev_meets_its_form(size, a, b, hidden):
 @settings(deadline=None, max_examples=100)
 @given(size=sizes(2), times=st.tuples(TIME, TIME, TIME))
 def test_zbv_meets_its_form(size, times):
-    f, w, i = sorted(times)
-    for f, w in ((f, w), (w, f)):  # noqa: B020
+    a, b, i = sorted(times)
+    for f, w in ((a, b), (b, a)):
         costs = Costs(f, i, w)
         timeline, form = simulate(generate("zbv", *size), costs), closed_form("zbv", *size, costs)
         assert timeline.bubble == form.bubble

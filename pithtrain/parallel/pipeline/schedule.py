@@ -6,10 +6,12 @@
 __all__ = ['COMPUTE', 'Op', 'Action', 'ScheduleError', 'Schedule', 'needs', 'partner', 'round_placement', 'v_placement',
            'split_layers']
 
-# %% ../../../nbs/50_schedule.py #imports@1fb8b741
+# %% ../../../nbs/50_schedule.py #imports@10b2c01a
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
+
+from ...config import UserError
 
 # %% ../../../nbs/50_schedule.py #Op@43d0344d
 class Op(StrEnum):
@@ -61,8 +63,8 @@ class Action(NamedTuple):
 
 COMPUTE = frozenset({Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT})
 
-# %% ../../../nbs/50_schedule.py #ScheduleError@73bb232f
-class ScheduleError(ValueError):
+# %% ../../../nbs/50_schedule.py #ScheduleError@dc237b57
+class ScheduleError(UserError):
     """A schedule that cannot be made, or cannot run; the message is one line."""
 
 # %% ../../../nbs/50_schedule.py #Schedule@bf83d950
