@@ -91,8 +91,8 @@ for i, token in enumerate(tokens):
 # %% [markdown]
 # ## What the router sees
 #
-# Forty tokens in two dimensions, four experts, `top_k` of 1: the router's rows cut the plane into sectors.
-# The colour of a point is its expert, the arrows are the rows of the router.
+# Four hundred tokens in two dimensions, four experts, `top_k` of 1: the router's rows cut the plane into
+# sectors. The colour of a point is its expert, the arrows are the rows of the router.
 
 # %%
 import matplotlib.pyplot as plt

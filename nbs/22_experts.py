@@ -15,6 +15,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 # %% [markdown]
 # ## The maths
@@ -120,10 +121,11 @@ class ExpertMLP(torch.autograd.Function):
             activated = F.silu(gate).mul_(up).mul_(pair_weights[run])
             output.index_add_(0, rows[run], (activated @ down[expert].t()).float())
         ctx.save_for_backward(tokens, order, rows, pair_weights, pre, gate_up, down)
-        ctx.ends, ctx.weights_like = ends, weights
+        ctx.ends, ctx.weights_shape, ctx.weights_dtype = ends, weights.shape, weights.dtype
         return output.to(tokens.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         tokens, order, rows, pair_weights, pre, gate_up, down = ctx.saved_tensors
         grad_tokens = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
@@ -147,7 +149,7 @@ class ExpertMLP(torch.autograd.Function):
             grad_gate.copy_(torch.ops.aten.silu_backward(grad_activated.mul_(up), gate))
             torch.mm(grad_pre.t(), x, out=grad_gate_up[expert])
             grad_tokens.index_add_(0, rows[run], (grad_pre @ gate_up[expert]).float())
-        grad_weights = grad_weights.view(ctx.weights_like.shape).to(ctx.weights_like.dtype)
+        grad_weights = grad_weights.view(ctx.weights_shape).to(ctx.weights_dtype)
         return grad_tokens.to(tokens.dtype), None, grad_weights, grad_gate_up, grad_down
 
 

@@ -16,6 +16,7 @@
 #| export
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 # %% [markdown]
 # The smallest true implementation is that line. The mean of squares is taken in float32 whatever the
@@ -31,9 +32,9 @@ def rms_norm_reference(x, weight, eps):
 # %% [markdown]
 # ## With its backward by hand
 #
-# Autograd would keep four tensors of the size of $x$ and read each again. The gradient needs only $x$ and
-# one number a token, $r = 1/\sqrt{\tfrac1H\sum x_i^2+\epsilon}$. With $\hat x = r x$ and
-# $\bar{\hat x} = g \odot \bar y$,
+# Autograd would keep two tensors of the size of $x$, the input in float32 and the normalised copy, and walk
+# back through every operation apart. The gradient needs only $x$, in its own dtype, and one number a token,
+# $r = 1/\sqrt{\tfrac1H\sum x_i^2+\epsilon}$. With $\hat x = r x$ and $\bar{\hat x} = g \odot \bar y$,
 #
 # $$\bar x = r \left( \bar{\hat x} - \hat x\, \tfrac{1}{H} \langle \bar{\hat x}, \hat x \rangle \right),
 #   \qquad \bar g = \sum_{\text{tokens}} \bar y \odot \hat x.$$
@@ -53,13 +54,15 @@ class RMSNormFunction(torch.autograd.Function):
         return (x32 * inverse).to(x.dtype).mul_(weight.to(x.dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         unit = x.float() * inverse
         grad32 = grad.float()
-        grad_weight = torch.linalg.vecdot(grad32.flatten(0, -2), unit.flatten(0, -2), dim=0)
+        features = x.shape[-1]
+        grad_weight = torch.linalg.vecdot(grad32.reshape(-1, features), unit.reshape(-1, features), dim=0)
         grad_unit = grad32 * weight
-        mean = torch.linalg.vecdot(grad_unit, unit).unsqueeze(-1) / x.shape[-1]
+        mean = torch.linalg.vecdot(grad_unit, unit).unsqueeze(-1) / features
         grad_x = grad_unit.addcmul_(unit, mean, value=-1).mul_(inverse)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 

@@ -33,7 +33,8 @@ from torch import Tensor
 def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each (..., head_dim / 2) fp32, for integer `positions` (...)."""
     pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angles = positions.float().unsqueeze(-1) * theta ** (-pairs / head_dim)
+    # A quotient, not a negative power: the table then equals the one checkpoints were trained with to the bit.
+    angles = positions.float().unsqueeze(-1) * (1.0 / theta ** (pairs / head_dim))
     return angles.cos(), angles.sin()
 
 

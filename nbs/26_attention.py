@@ -105,8 +105,8 @@ assert torch.equal(difference[:6], torch.zeros(6)) and (difference[6:] > 0).all(
 # %% [markdown]
 # ## What a head looks at
 #
-# The score matrix of four query heads of an untrained layer. Heads 0 and 1 share a key head, as do 2 and
-# 3; the queries differ, so the pictures do.
+# The attention weights (the softmax of the scores) of four query heads of an untrained layer. Heads 0 and 1
+# share a key head, as do 2 and 3; the queries differ, so the pictures do.
 
 # %%
 import matplotlib.pyplot as plt

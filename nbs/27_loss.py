@@ -15,6 +15,7 @@
 #| export
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # %% [markdown]
 # ## The maths
@@ -54,7 +55,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             piece = slice(start, start + chunk)
             wanted = targets[piece]
             counted = wanted != -100
-            safe = wanted.clamp(min=0).unsqueeze(1)
+            safe = wanted.where(counted, 0).unsqueeze(1)
             logits = (hidden[piece] @ matrix.t()).float()
             log_total = torch.logsumexp(logits, dim=1, keepdim=True)
             total += ((log_total - logits.gather(1, safe)).squeeze(1) * counted).sum()
@@ -69,6 +70,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.weight_dtype), None, None, None

@@ -131,7 +131,8 @@ def initialise(model: nn.Module, std: float, layers: int, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             continue
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + (seed << 32))
+        # One hash of both: torch's CPU generator reads only the low 32 bits of a seed.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         writes_to_residual = name.endswith(("output.weight", "experts.down"))
         values = torch.randn(parameter.shape, generator=generator)
         parameter.copy_(values * (std / (2 * layers) ** 0.5 if writes_to_residual else std))

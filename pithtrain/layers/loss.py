@@ -5,11 +5,12 @@
 # %% auto
 __all__ = ['LinearCrossEntropy', 'linear_cross_entropy']
 
-# %% ../../nbs/27_loss.py #imports@184ddbd0
+# %% ../../nbs/27_loss.py #imports@b61c117f
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-# %% ../../nbs/27_loss.py #LinearCrossEntropy@6d5acb4e
+# %% ../../nbs/27_loss.py #LinearCrossEntropy@12cadced
 class LinearCrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies of `hidden @ weight.T`, gradients made chunk by chunk in the forward."""
 
@@ -23,7 +24,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             piece = slice(start, start + chunk)
             wanted = targets[piece]
             counted = wanted != -100
-            safe = wanted.clamp(min=0).unsqueeze(1)
+            safe = wanted.where(counted, 0).unsqueeze(1)
             logits = (hidden[piece] @ matrix.t()).float()
             log_total = torch.logsumexp(logits, dim=1, keepdim=True)
             total += ((log_total - logits.gather(1, safe)).squeeze(1) * counted).sum()
@@ -38,6 +39,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.weight_dtype), None, None, None

@@ -5,11 +5,12 @@
 # %% auto
 __all__ = ['RMSNormFunction', 'RMSNorm']
 
-# %% ../../nbs/24_norm.py #imports@d164bdc7
+# %% ../../nbs/24_norm.py #imports@21cf47d8
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-# %% ../../nbs/24_norm.py #RMSNormFunction@544ad3eb
+# %% ../../nbs/24_norm.py #RMSNormFunction@93077b96
 class RMSNormFunction(torch.autograd.Function):
     """y = weight * x / rms(x) over the last axis, statistics in fp32. Source: arXiv 1910.07467."""
 
@@ -22,13 +23,15 @@ class RMSNormFunction(torch.autograd.Function):
         return (x32 * inverse).to(x.dtype).mul_(weight.to(x.dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         unit = x.float() * inverse
         grad32 = grad.float()
-        grad_weight = torch.linalg.vecdot(grad32.flatten(0, -2), unit.flatten(0, -2), dim=0)
+        features = x.shape[-1]
+        grad_weight = torch.linalg.vecdot(grad32.reshape(-1, features), unit.reshape(-1, features), dim=0)
         grad_unit = grad32 * weight
-        mean = torch.linalg.vecdot(grad_unit, unit).unsqueeze(-1) / x.shape[-1]
+        mean = torch.linalg.vecdot(grad_unit, unit).unsqueeze(-1) / features
         grad_x = grad_unit.addcmul_(unit, mean, value=-1).mul_(inverse)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 

@@ -9,11 +9,12 @@ __all__ = ['rotary_table', 'rotate']
 import torch
 from torch import Tensor
 
-# %% ../../nbs/25_rotary.py #rotary_table@f104b3b6
+# %% ../../nbs/25_rotary.py #rotary_table@34f7126e
 def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each (..., head_dim / 2) fp32, for integer `positions` (...)."""
     pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angles = positions.float().unsqueeze(-1) * theta ** (-pairs / head_dim)
+    # A quotient, not a negative power: the table then equals the one checkpoints were trained with to the bit.
+    angles = positions.float().unsqueeze(-1) * (1.0 / theta ** (pairs / head_dim))
     return angles.cos(), angles.sin()
 
 # %% ../../nbs/25_rotary.py #rotate@96e70e9e

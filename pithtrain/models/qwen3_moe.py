@@ -77,14 +77,15 @@ class Qwen3Moe(nn.Module):
         """Scores (..., vocab_size) of the next token, fp32, from last hidden states (..., hidden)."""
         return (hidden @ self.head_weight.to(hidden.dtype).t()).float()
 
-# %% ../../nbs/31_qwen3_moe.py #initialise@34e171e8
+# %% ../../nbs/31_qwen3_moe.py #initialise@ebfa4121
 @torch.no_grad()
 def initialise(model: nn.Module, std: float, layers: int, seed: int) -> None:
     """Fill every matrix of `model` with normal values of deviation `std`; norms and biases stay as they are."""
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             continue
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + (seed << 32))
+        # One hash of both: torch's CPU generator reads only the low 32 bits of a seed.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         writes_to_residual = name.endswith(("output.weight", "experts.down"))
         values = torch.randn(parameter.shape, generator=generator)
         parameter.copy_(values * (std / (2 * layers) ** 0.5 if writes_to_residual else std))

@@ -1,0 +1,186 @@
+"""The router against float64, one token at a time. `route` computes in fp32 by design, so gradcheck cannot apply."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pithtrain.layers.router import Router, route
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def error(a, b):
+    assert a.isfinite().all()
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-12)).item()
+
+
+def naive(tokens, weight, bias, top_k, renormalise):
+    """Weights, ids and probabilities in float64, and how far each token is from another choice or order."""
+    all_weights, all_ids, all_probs, gaps = [], [], [], []
+    for x in tokens:
+        scores = torch.stack([(row * x).sum() for row in weight])
+        p = (scores - scores.max()).exp()
+        p = p / p.sum()
+        order = sorted(range(len(p)), key=lambda e: -(p[e] + bias[e]).item())
+        ranked = [(p[e] + bias[e]).item() for e in order]
+        gaps.append(min((a - b for a, b in itertools.pairwise(ranked[: top_k + 1])), default=1.0))
+        chosen = order[:top_k]
+        total = sum(p[e] for e in chosen) if renormalise else 1.0
+        all_weights.append(torch.stack([p[e] / total for e in chosen]))
+        all_ids.append(chosen)
+        all_probs.append(p)
+    return torch.stack(all_weights), torch.tensor(all_ids), torch.stack(all_probs), torch.tensor(gaps)
+
+
+def compare(T, H, E, K, renormalise, biased, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(T, H, generator=generator).to(dtype).requires_grad_()
+    weight = (torch.randn(E, H, generator=generator) / H**0.5).requires_grad_()
+    bias = biased * torch.randn(E, generator=generator) / E
+    tokens64, weight64 = (t.detach().double().requires_grad_() for t in (tokens, weight))
+    got = route(tokens, weight, bias, K, renormalise)
+    weights, ids, probs, gaps = naive(tokens64, weight64, bias.double(), K, renormalise)
+    sure = gaps > 1e-5
+    assert torch.equal(got.expert_ids[sure], ids[sure])
+    assert got.weights.dtype == got.probs.dtype == torch.float32 and got.expert_ids.dtype == torch.int64
+    assert got.weights.shape == got.expert_ids.shape == (T, K) and got.probs.shape == (T, E)
+    assert error(got.probs, probs) < 1e-5 and error(got.weights[sure], weights[sure]) < 1e-5
+    if not sure.all():
+        return
+    seed_w, seed_p = torch.randn(T, K, generator=generator), torch.randn(T, E, generator=generator)
+    got_grads = torch.autograd.grad((got.weights * seed_w).sum() + (got.probs * seed_p).sum(), (tokens, weight))
+    true_grads = torch.autograd.grad((weights * seed_w).sum() + (probs * seed_p).sum(), (tokens64, weight64))
+    if E > 1:  # with one expert the gradient is zero up to rounding
+        assert error(got_grads[0], true_grads[0]) < TOLERANCE[dtype]
+        assert error(got_grads[1], true_grads[1]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("T, H, E, K", [(1, 8, 4, 1), (33, 24, 7, 3), (20, 16, 5, 5), (6, 8, 1, 1), (9, 40, 130, 8)])
+def test_sizes(T, H, E, K, biased, renormalise, dtype):
+    compare(T, H, E, K, renormalise, biased, dtype, seed=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_shape(data):
+    E = data.draw(st.integers(1, 12))
+    K = data.draw(st.integers(1, E))
+    T, H = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 20))
+    compare(
+        T, H, E, K, data.draw(st.booleans()), data.draw(st.booleans()), torch.float32, data.draw(st.integers(0, 999))
+    )
+
+
+def example(T=20, H=16, E=8):
+    torch.manual_seed(0)
+    return torch.randn(T, H), torch.randn(E, H) / H**0.5
+
+
+def test_bias_changes_the_choice_and_not_the_weights():
+    tokens, weight = example()
+    plain = route(tokens, weight, torch.zeros(8), 2, False)
+    bias = torch.tensor([0.0, 0, 0, 0, 0, 2, 0, 0])
+    biased = route(tokens, weight, bias, 2, False)
+    assert torch.equal(biased.probs, plain.probs)
+    assert (biased.expert_ids[:, 0] == 5).all() and not (plain.expert_ids[:, 0] == 5).all()
+    assert torch.equal(biased.weights, plain.probs.gather(1, biased.expert_ids))
+    shifted = route(tokens, weight, torch.full((8,), 0.25), 2, True)
+    unshifted = route(tokens, weight, torch.zeros(8), 2, True)
+    assert torch.equal(shifted.weights, unshifted.weights) and torch.equal(shifted.expert_ids, unshifted.expert_ids)
+
+
+def test_no_gradient_reaches_the_bias():
+    tokens, weight = example()
+    bias = torch.zeros(8, requires_grad=True)
+    routed = route(tokens, weight.requires_grad_(), bias, 2, True)
+    assert torch.autograd.grad(routed.weights[:, 0].sum(), bias, allow_unused=True) == (None,)
+
+
+def test_weights_sum_to_one_when_renormalised_and_to_less_otherwise():
+    tokens, weight = example()
+    ours = route(tokens, weight, torch.zeros(8), 3, True).weights.sum(dim=1)
+    torch.testing.assert_close(ours, torch.ones(20))
+    assert (route(tokens, weight, torch.zeros(8), 3, False).weights.sum(dim=1) < 0.999).all()
+    torch.testing.assert_close(route(tokens, weight, torch.zeros(8), 8, False).weights.sum(dim=1), torch.ones(20))
+
+
+def test_best_first_and_no_expert_twice():
+    tokens, weight = example()
+    routed = route(tokens, weight, torch.zeros(8), 8, True)
+    assert (routed.weights.diff(dim=1) <= 0).all()
+    assert torch.equal(routed.expert_ids.sort(dim=1).values, torch.arange(8).expand(20, 8))
+
+
+def test_one_renormalised_choice_has_weight_one_and_no_gradient():
+    tokens, weight = example()
+    weight.requires_grad_()
+    routed = route(tokens, weight, torch.zeros(8), 1, True)
+    assert torch.equal(routed.weights, torch.ones(20, 1))
+    (grad,) = torch.autograd.grad(routed.weights.sum(), weight)
+    assert grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_only_the_chosen_rows_move_when_renormalised(renormalise):
+    tokens, weight = example(T=1)
+    weight.requires_grad_()
+    routed = route(tokens, weight, torch.zeros(8), 3, renormalise)
+    (grad,) = torch.autograd.grad(routed.weights[0, 0], weight)
+    norms = grad.norm(dim=1)
+    rest = [e for e in range(8) if e not in routed.expert_ids[0]]
+    assert (norms[routed.expert_ids[0]] > 1e-3).all()
+    assert norms[rest].max() < 1e-7 if renormalise else norms[rest].min() > 1e-5
+
+
+def test_scores_are_fp32_under_bf16_tokens():
+    tokens = torch.ones(1, 4, dtype=torch.bfloat16)
+    weight = torch.full((3, 4), 1.0)
+    weight[1] += 1e-5  # equal to the others in bfloat16
+    assert torch.equal(weight.bfloat16()[0], weight.bfloat16()[1])
+    assert route(tokens, weight, torch.zeros(3), 1, True).expert_ids.item() == 1
+
+
+def test_extreme_scores_stay_finite():
+    tokens, weight = example()
+    for scale in (1e4, -1e4):
+        routed = route(tokens * scale, weight.requires_grad_(), torch.zeros(8), 2, True)
+        (grad,) = torch.autograd.grad(routed.weights.square().sum() + routed.probs.square().sum(), weight)
+        assert routed.weights.isfinite().all() and routed.probs.isfinite().all() and grad.isfinite().all()
+
+
+def test_non_contiguous_tokens():
+    tokens, weight = example()
+    strided = torch.stack([tokens, -tokens], dim=2)[:, :, 0]
+    transposed = tokens.t().contiguous().t()
+    assert not strided.is_contiguous() and not transposed.is_contiguous()
+    expected = route(tokens, weight, torch.zeros(8), 2, True)
+    for other in (strided, transposed):
+        got = route(other, weight, torch.zeros(8), 2, True)
+        assert torch.equal(got.expert_ids, expected.expert_ids)
+        torch.testing.assert_close(got.weights, expected.weights)
+
+
+def test_no_tokens():
+    routed = route(torch.empty(0, 16), torch.randn(8, 16), torch.zeros(8), 2, True)
+    assert routed.weights.shape == routed.expert_ids.shape == (0, 2) and routed.probs.shape == (0, 8)
+
+
+def test_layer_routes_saves_its_bias_and_makes_no_gradient_without_grad():
+    tokens, weight = example()
+    layer = Router(16, 8, top_k=2, renormalise=True)
+    layer.weight.data.copy_(weight)
+    layer.bias[3] = 5.0
+    routed = layer(tokens)
+    expected = route(tokens, weight, layer.bias, 2, True)
+    assert all(torch.equal(a, b) for a, b in zip(routed, expected, strict=True))
+    assert (routed.expert_ids[:, 0] == 3).all()
+    assert set(layer.state_dict()) == {"weight", "bias"} and [n for n, _ in layer.named_parameters()] == ["weight"]
+    assert routed.weights.requires_grad and routed.probs.requires_grad
+    with torch.no_grad():
+        assert not any(t.requires_grad for t in layer(tokens))
