@@ -55,7 +55,7 @@ print(expert_load(ids, 8).tolist(), "of", ids.numel(), "pairs")
 # %%
 #| export
 def switch_loss(probs: Tensor, load: Tensor) -> Tensor:
-    """E * sum_e f_e P_e over the last axis but one of `probs` (..., T, E), with f from `load` (..., E).
+    """E * sum_e f_e P_e: P is the mean of `probs` (..., T, E) over T, f is `load` (..., E) over its sum.
 
     A scalar, the mean over leading axes; 1.0 when balanced, E when one expert takes everything.
     Source: Switch Transformer, arXiv 2101.03961.
@@ -94,10 +94,10 @@ def sequence_loss(probs: Tensor, expert_ids: Tensor, sequences: int) -> Tensor:
     Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
     """
     experts = probs.shape[-1]
-    chosen = expert_ids.view(sequences, -1)
+    chosen = expert_ids.reshape(sequences, -1)
     load = torch.zeros(sequences, experts, dtype=torch.long, device=probs.device)
     load.scatter_add_(1, chosen, torch.ones_like(chosen))
-    return switch_loss(probs.view(sequences, -1, experts), load)
+    return switch_loss(probs.reshape(sequences, -1, experts), load)
 
 
 # %% [markdown]

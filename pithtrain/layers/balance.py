@@ -17,9 +17,9 @@ def expert_load(expert_ids: Tensor, experts: int) -> Tensor:
     """Pairs that each expert gets: (experts,) int64 from `expert_ids` (T, K)."""
     return torch.bincount(expert_ids.flatten(), minlength=experts)
 
-# %% ../../nbs/21_balance.py #switch_loss@5d034268
+# %% ../../nbs/21_balance.py #switch_loss@381374f0
 def switch_loss(probs: Tensor, load: Tensor) -> Tensor:
-    """E * sum_e f_e P_e over the last axis but one of `probs` (..., T, E), with f from `load` (..., E).
+    """E * sum_e f_e P_e: P is the mean of `probs` (..., T, E) over T, f is `load` (..., E) over its sum.
 
     A scalar, the mean over leading axes; 1.0 when balanced, E when one expert takes everything.
     Source: Switch Transformer, arXiv 2101.03961.
@@ -27,7 +27,7 @@ def switch_loss(probs: Tensor, load: Tensor) -> Tensor:
     fraction = load.to(probs.dtype) / load.sum(dim=-1, keepdim=True)
     return probs.shape[-1] * (fraction * probs.mean(dim=-2)).sum(dim=-1).mean()
 
-# %% ../../nbs/21_balance.py #sequence_loss@250ed972
+# %% ../../nbs/21_balance.py #sequence_loss@75922277
 def sequence_loss(probs: Tensor, expert_ids: Tensor, sequences: int) -> Tensor:
     """`switch_loss` over each of `sequences` equally long sequences apart, then their mean.
 
@@ -35,10 +35,10 @@ def sequence_loss(probs: Tensor, expert_ids: Tensor, sequences: int) -> Tensor:
     Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
     """
     experts = probs.shape[-1]
-    chosen = expert_ids.view(sequences, -1)
+    chosen = expert_ids.reshape(sequences, -1)
     load = torch.zeros(sequences, experts, dtype=torch.long, device=probs.device)
     load.scatter_add_(1, chosen, torch.ones_like(chosen))
-    return switch_loss(probs.view(sequences, -1, experts), load)
+    return switch_loss(probs.reshape(sequences, -1, experts), load)
 
 # %% ../../nbs/21_balance.py #balance_loss@299debd2
 def balance_loss(
