@@ -149,6 +149,7 @@ def pithtrain_block(problem: Problem) -> Block:
 
 
 # %%
+torch.set_num_threads(1)  # timings on a shared machine are steadier so
 torch.manual_seed(0)
 small = make_problem(SHAPES[-1], torch.device("cpu"))
 print(pithtrain_block(small)(small.tokens).shape)
@@ -465,5 +466,27 @@ ax.invert_yaxis()
 fig
 
 # %% [markdown]
-# On an H100 the full shapes were measured with `pithtrain bench moe --shape NAME`; the results are the JSON files
-# in `docs/benchmarks/`.
+# ## On an H100
+#
+# `pithtrain bench moe --shape NAME --json FILE` writes what it measured. The files in `docs/benchmarks/` come from one
+# H100; here they are, as multiples of each shape's floor. The part of a bar beyond 1 is what an implementation adds
+# to the matrix products.
+
+# %%
+from pathlib import Path
+
+home = next((p for p in [Path.cwd(), *Path.cwd().parents] if (p / "docs" / "benchmarks").is_dir()), None)
+files = sorted(home.glob("docs/benchmarks/moe-*.json")) if home else []
+fig, axes = plt.subplots(1, max(len(files), 1), figsize=(10, 2.4), sharey=True, squeeze=False)
+for ax, file in zip(axes[0], files, strict=False):
+    recorded = json.loads(file.read_text())
+    bars = ax.barh([r["name"] for r in recorded["rows"]], [r["ratio_to_floor"] for r in recorded["rows"]])
+    ax.bar_label(bars, [f"{r['ms']:.1f} ms" for r in recorded["rows"]], fontsize=7)
+    ax.axvline(1, color="0.5", lw=1)
+    ax.set(title=recorded["shape"]["name"], xlabel="time / floor", xlim=(0, 3.6))
+axes[0][0].invert_yaxis()
+fig
+
+# %% [markdown]
+# The figures move by several percent from one run to the next, because such products run the card into its power
+# limit: compare only what stands in one file.

@@ -1,0 +1,41 @@
+"""The benchmark measures what it says, on the CPU."""
+
+import json
+
+import pytest
+import torch
+
+from pithtrain.bench import SHAPES, bench_moe, entrants, shape_for, shape_named, skewed_ids, table
+from pithtrain.config import UserError
+
+TINY = shape_named("tiny")._replace(tokens=64)
+
+
+def test_result_is_json_and_names_what_was_measured(capsys):
+    result = bench_moe(TINY, torch.device("cpu"), entrants(), repeats=1)
+    assert json.loads(json.dumps(result)) == result
+    assert "CPU" in result["measured"] and result["shape"]["tokens"] == 64
+    rows = {row["name"]: row for row in result["rows"]}
+    assert rows["floor: grouped products alone"]["ratio_to_floor"] == 1
+    assert all(row["ms"] > 0 for row in rows.values())
+    assert all(rows[peer.name]["difference"] < 1e-5 for peer in entrants())
+    assert table(result) in capsys.readouterr().out
+
+
+def test_a_full_size_shape_is_cut_down_on_a_cpu():
+    for shape in SHAPES:
+        cut, said = shape_for(shape, torch.device("cpu"))
+        assert cut.hidden <= 512 and cut.tokens <= 512 and "no GPU here" in said
+
+
+def test_unknown_shape_is_one_line_with_the_known_ones():
+    with pytest.raises(UserError, match=r"no shape is named 'qwen9'; known: qwen3-30b-a3b"):
+        shape_named("qwen9")
+
+
+@pytest.mark.parametrize("experts, top_k", [(64, 2), (32, 4)])
+def test_skewed_load_is_what_it_claims(experts, top_k):
+    ids = skewed_ids(TINY._replace(tokens=4096, experts=experts, top_k=top_k), torch.device("cpu"))
+    counts = torch.bincount(ids.flatten(), minlength=experts).float()
+    assert 7.5 < (counts.max() / counts.mean()).item() < 8.5
+    assert all(len(set(row)) == top_k for row in ids[:50].tolist())

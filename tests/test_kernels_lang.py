@@ -1,0 +1,55 @@
+"""Kernel files import, and their references run, where Triton is not installed; arguments are refused by name."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pithtrain.kernels.lang import want
+
+WITHOUT_TRITON = """
+import importlib.util
+import sys
+
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
+
+import torch
+from pithtrain.kernels import lang
+from pithtrain.kernels.cross_entropy import linear_cross_entropy
+from pithtrain.kernels.expert_mlp import expert_mlp, triton_expert_mlp
+from pithtrain.kernels.router import route
+from pithtrain.kernels.sort import sort_pairs
+
+assert not lang.HAS_TRITON and "triton" not in sys.modules
+x = torch.randn(6, 8)
+routing = route(x, torch.randn(4, 8), 2)
+args = x, routing.expert_ids, routing.weights, torch.randn(4, 8, 8), torch.randn(4, 8, 4)
+assert expert_mlp(*args).shape == (6, 8)
+assert sort_pairs(routing.expert_ids, 4, 2).pair.shape == (12,)
+assert linear_cross_entropy(x, torch.randn(9, 8), torch.arange(6)).shape == ()
+try:
+    triton_expert_mlp(*args)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_without_triton():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "tokens are on cpu" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "tensor, message",
+    [
+        (torch.zeros(2, dtype=torch.int8), "down is torch.int8; want one of torch.float32"),
+        (torch.zeros(3), r"down has shape \(3,\); want \(2,\)"),
+        (torch.zeros(2, device="meta"), "down is on meta; want cpu"),
+    ],
+)
+def test_want_names_what_is_wrong(tensor, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        want("down", tensor, (2,), (torch.float32,), torch.device("cpu"))
