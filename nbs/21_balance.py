@@ -116,8 +116,8 @@ print("global over four microbatches:", switch_loss(probs[:16], expert_load(ids,
 # %% [markdown]
 # ## All of them, as the trainer wants it
 #
-# A run gives each scope a coefficient (mostly zero). The loss is the mean over layers, so that a
-# coefficient means the same in a shallow and in a deep model.
+# A run gives each scope a coefficient (mostly zero). The losses of all layers are added, as
+# Switch does, so that each layer's router feels its own in full whatever the depth.
 
 
 # %%
@@ -125,7 +125,7 @@ print("global over four microbatches:", switch_loss(probs[:16], expert_load(ids,
 def balance_loss(
     routing: list[Routed], load: Tensor, load_so_far: Tensor, sequences: int, coefficients: BalanceConfig
 ) -> Tensor:
-    """The weighted sum of the three forms for one microbatch, a scalar: the mean over layers.
+    """The weighted sum of the three forms for one microbatch, a scalar: the sum over layers.
 
     `routing` has an entry a layer; `load` (layers, E) is the microbatch's, `load_so_far` (layers, E) that of
     the whole step up to and with this microbatch; `sequences` equally long ones make up the microbatch.
@@ -138,7 +138,7 @@ def balance_loss(
             total = total + coefficients.sequence * sequence_loss(routed.probs, routed.expert_ids, sequences)
         if coefficients.global_batch:
             total = total + coefficients.global_batch * switch_loss(routed.probs, step_load)
-    return total / len(routing)
+    return total
 
 
 # %%

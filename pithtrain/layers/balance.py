@@ -40,11 +40,11 @@ def sequence_loss(probs: Tensor, expert_ids: Tensor, sequences: int) -> Tensor:
     load.scatter_add_(1, chosen, torch.ones_like(chosen))
     return switch_loss(probs.reshape(sequences, -1, experts), load)
 
-# %% ../../nbs/21_balance.py #balance_loss@299debd2
+# %% ../../nbs/21_balance.py #balance_loss@187f79c6
 def balance_loss(
     routing: list[Routed], load: Tensor, load_so_far: Tensor, sequences: int, coefficients: BalanceConfig
 ) -> Tensor:
-    """The weighted sum of the three forms for one microbatch, a scalar: the mean over layers.
+    """The weighted sum of the three forms for one microbatch, a scalar: the sum over layers.
 
     `routing` has an entry a layer; `load` (layers, E) is the microbatch's, `load_so_far` (layers, E) that of
     the whole step up to and with this microbatch; `sequences` equally long ones make up the microbatch.
@@ -57,7 +57,7 @@ def balance_loss(
             total = total + coefficients.sequence * sequence_loss(routed.probs, routed.expert_ids, sequences)
         if coefficients.global_batch:
             total = total + coefficients.global_batch * switch_loss(routed.probs, step_load)
-    return total / len(routing)
+    return total
 
 # %% ../../nbs/21_balance.py #update_bias@6d626c4e
 @torch.no_grad()
