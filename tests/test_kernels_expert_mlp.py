@@ -10,7 +10,6 @@ from pithtrain.kernels import lang
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = pytest.mark.gpu
-needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 pytestmark = pytest.mark.skipif(not lang.HAS_TRITON, reason="Triton is not installed")
 # the interpreter cannot multiply bfloat16; float16 takes the same path through the kernels
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
@@ -149,7 +148,6 @@ def test_wrong_arguments_are_named_in_one_line(change, message):
 
 
 @gpu
-@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [(3000, 512, 384, 8, 2), (1111, 1000, 520, 13, 5), (600, 256, 2304, 4, 2)])
 def test_gpu_sizes(size, dtype):
@@ -157,7 +155,6 @@ def test_gpu_sizes(size, dtype):
 
 
 @gpu
-@needs_gpu
 def test_gpu_never_waits_for_the_host():
     args = problem(500, 256, 128, 8, 2, torch.bfloat16)
     grad = torch.randn_like(args[0])
@@ -171,7 +168,6 @@ def test_gpu_never_waits_for_the_host():
 
 
 @gpu
-@needs_gpu
 def test_gpu_backward_in_a_thread_without_a_cuda_context():
     """autograd runs backward in threads of its own, which have no current CUDA context at first."""
     torch.use_deterministic_algorithms(False)  # filling new tensors would launch something first
@@ -184,7 +180,6 @@ def test_gpu_backward_in_a_thread_without_a_cuda_context():
 
 
 @gpu
-@needs_gpu
 def test_gpu_more_than_two_to_the_31_elements():
     """hidden and d_hidden hold 2.2e9 elements; the last tokens are compared with those tokens alone."""
     torch.use_deterministic_algorithms(False)
