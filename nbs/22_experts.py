@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pithtrain.kernels.expert_mlp import expert_mlp
+
 # %% [markdown]
 # ## The maths
 #
@@ -32,7 +34,6 @@ from torch.autograd.function import once_differentiable
 
 
 # %%
-#| export
 def expert_mlp_reference(tokens: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """For each token the weighted sum of its experts' outputs: (T, H).
 
@@ -99,7 +100,7 @@ fig
 # %%
 #| export
 class ExpertMLP(torch.autograd.Function):
-    """`expert_mlp_reference` with each expert's rows contiguous and its backward written out."""
+    """The expert MLP with each expert's rows contiguous and its backward written out; shapes as in `Experts`."""
 
     @staticmethod
     def forward(ctx, tokens: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -204,6 +205,8 @@ print(f"{'one dense product':16} {'':9} {2 * 1024**3 / min(times) / 1e9:6.0f} GF
 
 # %% [markdown]
 # ## The layer
+#
+# On a GPU the same plan is carried out by [Triton kernels](12_expert_mlp.py), all experts at once.
 
 
 # %%
@@ -217,9 +220,12 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(experts, hidden, expert_hidden))
 
     def forward(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        """The weighted sum over each token's experts: (T, H). See `expert_mlp_reference` for shapes."""
-        gate_up, down = self.gate_up.to(tokens.dtype), self.down.to(tokens.dtype)
-        return ExpertMLP.apply(tokens, expert_ids, weights, gate_up, down)
+        """For each token the weighted sum of its experts' outputs: (T, H) in the dtype of `tokens` (T, H).
+
+        `expert_ids` (T, K), -1 for a pair that is not computed here; `weights` (T, K), fp32.
+        """
+        run = expert_mlp if tokens.is_cuda else ExpertMLP.apply
+        return run(tokens, expert_ids, weights, self.gate_up.to(tokens.dtype), self.down.to(tokens.dtype))
 
 
 # %%

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pithtrain.layers.experts import ExpertMLP, Experts, expert_mlp_reference
+from pithtrain.kernels.expert_mlp import reference_expert_mlp
+from pithtrain.layers.experts import ExpertMLP, Experts
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 NAMES = ("output", "tokens", "weights", "gate_up", "down")
@@ -40,7 +41,7 @@ def compare(inputs, dtype=torch.float32, scale=1.0):
     inputs = (tokens.to(dtype), ids, weights, gate_up.to(dtype), down.to(dtype))
     upstream = (scale * torch.randn(tokens.shape, generator=torch.Generator().manual_seed(9))).to(dtype)
     got = run(ExpertMLP.apply, inputs, upstream)
-    true = run(expert_mlp_reference, tuple(t.double() if t.is_floating_point() else t for t in inputs), upstream)
+    true = run(reference_expert_mlp, tuple(t.double() if t.is_floating_point() else t for t in inputs), upstream)
     for name, a, b in zip(NAMES, got, true, strict=True):
         assert a.dtype == (torch.float32 if name == "weights" else dtype), name
         assert a.shape == b.shape and error(a, b) < TOLERANCE[dtype], f"{name}: {error(a, b):.1e}"
@@ -56,14 +57,14 @@ def test_reference_is_the_formula():
             if e >= 0:
                 gate, up = gate_up[e, :5] @ tokens[t], gate_up[e, 5:] @ tokens[t]
                 expected[t] += w * (down[e] @ (gate / (1 + torch.exp(-gate)) * up))
-    torch.testing.assert_close(expert_mlp_reference(tokens, ids, weights, gate_up, down), expected)
+    torch.testing.assert_close(reference_expert_mlp(tokens, ids, weights, gate_up, down), expected)
 
 
 def test_reference_gradient_by_finite_differences():
     tokens, ids, weights, gate_up, down = (t.double() if t.is_floating_point() else t for t in make(4, 3, 3, 2, 2))
     ids[1] = -1
     leaves = [t.requires_grad_() for t in (tokens, weights, gate_up, down)]
-    assert torch.autograd.gradcheck(lambda x, w, g, d: expert_mlp_reference(x, ids, w, g, d), leaves)
+    assert torch.autograd.gradcheck(lambda x, w, g, d: reference_expert_mlp(x, ids, w, g, d), leaves)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
