@@ -467,29 +467,22 @@ def activation_gradient(
 
 
 # %% [markdown]
-# The gradient of everything that is not a weight of an expert. Note what it returns besides: `d_hidden` and
-# `scaled`, all that the weight gradients need.
+# From there it is one product and one `combine` to the gradients of everything that is not a weight of an expert:
 
 
 # %%
 #| export
-def input_gradients(
-    grad: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, hidden: Tensor, order: Sorted
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d_tokens (T, H), d_weights (T, K), d_hidden (P, 2I) and scaled (P, I) from grad (T, H)."""
-    d_hidden, scaled, partials = activation_gradient(grad, down, weights, hidden, order)
-    d_rows = grouped_product(d_hidden, gate_up, order, transposed=False)
-    d_tokens, d_weights = combine(d_rows, order, None, partials)
-    return d_tokens, d_weights, d_hidden, scaled
+def input_gradients(d_hidden: Tensor, partials: Tensor, gate_up: Tensor, order: Sorted) -> tuple[Tensor, Tensor]:
+    """d_tokens (T, H) and d_weights (T, K) from what `activation_gradient` left."""
+    return combine(grouped_product(d_hidden, gate_up, order, transposed=False), order, None, partials)
 
 
 # %%
 if INTERPRETED:
     x, ids, w, gate_up, down = args = problem(T=20, H=24, I=40, E=4, K=2)
     reference_expert_mlp(*args).sum().backward()
-    d_tokens, d_weights, d_hidden, scaled = input_gradients(
-        torch.ones_like(x), gate_up.detach(), down.detach(), w.detach(), hidden, order
-    )
+    d_hidden, scaled, partials = activation_gradient(torch.ones_like(x), down.detach(), w.detach(), hidden, order)
+    d_tokens, d_weights = input_gradients(d_hidden, partials, gate_up.detach(), order)
     torch.testing.assert_close(d_tokens, x.grad)
     torch.testing.assert_close(d_weights, w.grad)
 
@@ -594,14 +587,14 @@ if INTERPRETED:
 # %%
 #| export
 def gate_up_gradient(d_hidden: Tensor, tokens: Tensor, order: Sorted) -> Tensor:
-    """Gradient of gate_up (E, 2I, H), from what `input_gradients` left."""
+    """Gradient of gate_up (E, 2I, H), from what `activation_gradient` left."""
     if d_hidden.shape[1] >= 2048 and d_hidden.dtype == torch.bfloat16 and d_hidden.is_cuda:
         return F.grouped_mm(d_hidden.T, dispatch(tokens, order), offs=order.offsets[1:])
     return weight_gradient(d_hidden, tokens, order, gather_left=False)
 
 
 def down_gradient(scaled: Tensor, grad: Tensor, order: Sorted) -> Tensor:
-    """Gradient of down (E, H, I), from what `input_gradients` left."""
+    """Gradient of down (E, H, I), from what `activation_gradient` left."""
     return weight_gradient(scaled, grad, order, gather_left=True)
 
 
@@ -615,6 +608,42 @@ if INTERPRETED:
 #
 # `hidden` is the only large tensor kept from forward to backward. In the backward pass `d_down` is
 # made first, so that `scaled` is gone before the larger `d_gate_up` is made.
+#
+# A zero-bubble pipeline (arXiv 2401.10241) walks the graph twice: once for the gradients of the inputs, which
+# another rank waits for, and later for those of the weights. Autograd calls this node both times, so it asks which
+# gradients are wanted, and does only that half's products; what both halves share, `activation_gradient`, runs twice.
+
+
+# %%
+#| export
+def wanted(ctx: torch.autograd.function.FunctionCtx) -> list[bool]:
+    """For each tensor input of a node in its backward, whether this walk of the graph asks for its gradient."""
+
+    def visited(node: torch.autograd.graph.Node | None) -> bool:
+        try:
+            return node is not None and torch._C._will_engine_execute_node(node)
+        except RuntimeError:  # torch cannot tell for a leaf that torch.autograd.grad was asked for; so it was
+            return True
+
+    return [visited(node) for node, _ in ctx.next_functions]
+
+
+# %%
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b):
+        return a * b
+
+    @staticmethod
+    def backward(ctx, grad):
+        print("wanted:", wanted(ctx))
+        return grad, grad
+
+
+a, b = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+Product.apply(a, b).backward()
+Product.apply(a, b).backward(inputs=[a])
+torch.autograd.grad(Product.apply(a, b), [b])
 
 
 # %%
@@ -634,10 +663,16 @@ class ExpertMLP(torch.autograd.Function):
     def backward(ctx, grad):
         tokens, weights, gate_up, down, hidden, *order = ctx.saved_tensors
         order, grad = Sorted(*order), grad.contiguous()
-        d_tokens, d_weights, d_hidden, scaled = input_gradients(grad, gate_up, down, weights, hidden, order)
-        d_down = down_gradient(scaled, grad, order) if ctx.needs_input_grad[4] else None
+        d_tokens = d_weights = d_gate_up = d_down = None
+        wants_tokens, _, wants_weights, wants_gate_up, wants_down = wanted(ctx)
+        d_hidden, scaled, partials = activation_gradient(grad, down, weights, hidden, order)
+        if wants_tokens or wants_weights:
+            d_tokens, d_weights = input_gradients(d_hidden, partials, gate_up, order)
+        if wants_down:
+            d_down = down_gradient(scaled, grad, order)
         del scaled
-        d_gate_up = gate_up_gradient(d_hidden, tokens, order) if ctx.needs_input_grad[3] else None
+        if wants_gate_up:
+            d_gate_up = gate_up_gradient(d_hidden, tokens, order)
         return d_tokens, None, d_weights, d_gate_up, d_down, None
 
 

@@ -126,6 +126,32 @@ def test_frozen_weights_get_no_gradient():
     assert x.grad is not None and gate_up.grad is None
 
 
+def test_each_half_of_a_split_backward_does_only_its_products(monkeypatch):
+    """Inputs first and weights later, as a zero-bubble pipeline walks the graph."""
+    x, _, w, gate_up, down = args = problem(40, 32, 16, 4, 2, torch.float32)
+    grad = torch.randn_like(x)
+    mlp.triton_expert_mlp(*args).backward(grad)
+    whole = [t.grad.clone() for t in (x, w, gate_up, down)]
+    for t in (x, w, gate_up, down):
+        t.grad = None
+    calls = []
+    for name in ("grouped_product", "weight_gradient"):
+        original = getattr(mlp, name)
+        monkeypatch.setattr(
+            mlp, name, lambda *a, original=original, name=name, **k: (calls.append(name), original(*a, **k))[1]
+        )
+    out = mlp.triton_expert_mlp(*args)
+    calls.clear()
+    out.backward(grad, retain_graph=True, inputs=[x, w])
+    assert calls == ["grouped_product"] and gate_up.grad is None
+    out.backward(grad, retain_graph=True, inputs=[gate_up, down])
+    assert calls == ["grouped_product", "weight_gradient", "weight_gradient"]
+    assert all(torch.equal(t.grad, g) for t, g in zip((x, w, gate_up, down), whole, strict=True))
+    calls.clear()
+    (d_down,) = torch.autograd.grad(out, [down], grad)
+    assert calls == ["weight_gradient"] and torch.equal(d_down, whole[3])
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -174,9 +200,9 @@ def test_gpu_backward_in_a_thread_without_a_cuda_context():
     x, ids, w, gate_up, down = (t.detach() for t in problem(100, 64, 32, 4, 2, torch.bfloat16))
     order = mlp.sort_pairs(ids, 4, mlp.blocks_for(x).rows)
     hidden, _ = mlp.up_projection(x, gate_up, order, 2)
-    mlp.input_gradients(x, gate_up, down, w, hidden, order)
+    mlp.activation_gradient(x, down, w, hidden, order)
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(mlp.input_gradients, x, gate_up, down, w, hidden, order).result()
+        pool.submit(mlp.activation_gradient, x, down, w, hidden, order).result()
 
 
 @gpu

@@ -6,7 +6,7 @@
 __all__ = ['reference_expert_mlp', 'locate', 'halves', 'up_kernel', 'Blocks', 'blocks_for', 'programs_on', 'up_projection',
            'product_kernel', 'grouped_product', 'combine_kernel', 'combine', 'activation_gradient_kernel',
            'activation_gradient', 'input_gradients', 'weight_gradient_kernel', 'weight_gradient', 'dispatch_kernel',
-           'dispatch', 'gate_up_gradient', 'down_gradient', 'ExpertMLP', 'triton_expert_mlp', 'expert_mlp']
+           'dispatch', 'gate_up_gradient', 'down_gradient', 'wanted', 'ExpertMLP', 'triton_expert_mlp', 'expert_mlp']
 
 # %% ../../nbs/12_expert_mlp.py #imports@d0e6a564
 from typing import NamedTuple
@@ -274,15 +274,10 @@ def activation_gradient(
     )  # fmt: skip
     return d_hidden, scaled, partials
 
-# %% ../../nbs/12_expert_mlp.py #input_gradients@97258d25
-def input_gradients(
-    grad: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, hidden: Tensor, order: Sorted
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d_tokens (T, H), d_weights (T, K), d_hidden (P, 2I) and scaled (P, I) from grad (T, H)."""
-    d_hidden, scaled, partials = activation_gradient(grad, down, weights, hidden, order)
-    d_rows = grouped_product(d_hidden, gate_up, order, transposed=False)
-    d_tokens, d_weights = combine(d_rows, order, None, partials)
-    return d_tokens, d_weights, d_hidden, scaled
+# %% ../../nbs/12_expert_mlp.py #input_gradients@89cc2818
+def input_gradients(d_hidden: Tensor, partials: Tensor, gate_up: Tensor, order: Sorted) -> tuple[Tensor, Tensor]:
+    """d_tokens (T, H) and d_weights (T, K) from what `activation_gradient` left."""
+    return combine(grouped_product(d_hidden, gate_up, order, transposed=False), order, None, partials)
 
 # %% ../../nbs/12_expert_mlp.py #weight_gradient_kernel@a75b3d29
 @triton.jit
@@ -352,19 +347,31 @@ def dispatch(x: Tensor, order: Sorted) -> Tensor:
     dispatch_kernel[(T, triton.cdiv(H, width))](x, order.slot, out, H, K, width)
     return out
 
-# %% ../../nbs/12_expert_mlp.py #gate_up_gradient@3e940c50
+# %% ../../nbs/12_expert_mlp.py #gate_up_gradient@1937d4ba
 def gate_up_gradient(d_hidden: Tensor, tokens: Tensor, order: Sorted) -> Tensor:
-    """Gradient of gate_up (E, 2I, H), from what `input_gradients` left."""
+    """Gradient of gate_up (E, 2I, H), from what `activation_gradient` left."""
     if d_hidden.shape[1] >= 2048 and d_hidden.dtype == torch.bfloat16 and d_hidden.is_cuda:
         return F.grouped_mm(d_hidden.T, dispatch(tokens, order), offs=order.offsets[1:])
     return weight_gradient(d_hidden, tokens, order, gather_left=False)
 
 
 def down_gradient(scaled: Tensor, grad: Tensor, order: Sorted) -> Tensor:
-    """Gradient of down (E, H, I), from what `input_gradients` left."""
+    """Gradient of down (E, H, I), from what `activation_gradient` left."""
     return weight_gradient(scaled, grad, order, gather_left=True)
 
-# %% ../../nbs/12_expert_mlp.py #ExpertMLP@000bb7cf
+# %% ../../nbs/12_expert_mlp.py #wanted@7e9bed10
+def wanted(ctx: torch.autograd.function.FunctionCtx) -> list[bool]:
+    """For each tensor input of a node in its backward, whether this walk of the graph asks for its gradient."""
+
+    def visited(node: torch.autograd.graph.Node | None) -> bool:
+        try:
+            return node is not None and torch._C._will_engine_execute_node(node)
+        except RuntimeError:  # torch cannot tell for a leaf that torch.autograd.grad was asked for; so it was
+            return True
+
+    return [visited(node) for node, _ in ctx.next_functions]
+
+# %% ../../nbs/12_expert_mlp.py #ExpertMLP@08a54701
 class ExpertMLP(torch.autograd.Function):
     """`triton_expert_mlp` with its gradients."""
 
@@ -380,10 +387,16 @@ class ExpertMLP(torch.autograd.Function):
     def backward(ctx, grad):
         tokens, weights, gate_up, down, hidden, *order = ctx.saved_tensors
         order, grad = Sorted(*order), grad.contiguous()
-        d_tokens, d_weights, d_hidden, scaled = input_gradients(grad, gate_up, down, weights, hidden, order)
-        d_down = down_gradient(scaled, grad, order) if ctx.needs_input_grad[4] else None
+        d_tokens = d_weights = d_gate_up = d_down = None
+        wants_tokens, _, wants_weights, wants_gate_up, wants_down = wanted(ctx)
+        d_hidden, scaled, partials = activation_gradient(grad, down, weights, hidden, order)
+        if wants_tokens or wants_weights:
+            d_tokens, d_weights = input_gradients(d_hidden, partials, gate_up, order)
+        if wants_down:
+            d_down = down_gradient(scaled, grad, order)
         del scaled
-        d_gate_up = gate_up_gradient(d_hidden, tokens, order) if ctx.needs_input_grad[3] else None
+        if wants_gate_up:
+            d_gate_up = gate_up_gradient(d_hidden, tokens, order)
         return d_tokens, None, d_weights, d_gate_up, d_down, None
 
 # %% ../../nbs/12_expert_mlp.py #triton_expert_mlp@cbbbec25
