@@ -39,10 +39,10 @@ lint: $(READY)  ## ruff over notebooks, tests and tools
 
 test-notebooks: notebooks  ## run every notebook, as a script and under nbdev's runner
 	@$(PY) -m pytest tests/notebooks -n 2
-	@$(VENV)/bin/nbdev_test --path nbs --n_workers 2
+	@OMP_NUM_THREADS=1 $(VENV)/bin/nbdev_test --path nbs --n_workers 2
 
 test: check lint  ## everything that needs no GPU
-	@$(PY) -m pytest tests -n 2
+	@$(PY) -m pytest tests --ignore=tests/notebooks -n 2
 	@$(MAKE) --no-print-directory test-notebooks
 
 clean:  ## remove what can be made again (not .venv, not runs/)

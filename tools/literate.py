@@ -1,10 +1,8 @@
 """Notebooks to modules and back: export, check, sync, notebooks.
 
 The source of every exported module is a text notebook, `nbs/**/*.py` in jupytext's percent format.
-nbdev turns it into a module; this script adds what nbdev leaves to Jupyter: stable names for cells, a
-digest for each block (so that a hand edit is seen before it is lost), and the way back from a module.
-
-A block of a module starts with a marker that names its notebook, its cell and the digest of its code:
+nbdev turns it into a module; this script adds stable names for cells, a digest for each block (so that a
+hand edit is seen before it is lost) and the way back. A block begins with its notebook, cell and digest:
 
     # %% ../../nbs/20_router.py #route@1f0c93ab
 """
@@ -225,6 +223,8 @@ def write_ipynb(paths: list[Path]) -> None:
         for cell in notebook.cells:
             if cell.cell_type == "code" and cell.source.endswith("\nfig"):
                 cell.source += ";"  # Jupyter shows the figure anyway, and without this it would show it twice
+        if "matplotlib" in read(path):  # Jupyter shows a figure made without pyplot only after this
+            notebook.cells.insert(1, nbformat.v4.new_code_cell("%matplotlib inline", id="matplotlib"))
         notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
         nbformat.write(notebook, path.with_suffix(".ipynb"), version=4)
     print(f"wrote {len(paths)} notebooks beside their sources in nbs/")
