@@ -390,7 +390,7 @@ def report(config: Config, shards: Shards, model: Qwen3Moe) -> str:
 # %% [markdown]
 # ## A whole run
 #
-# A very small one, on a small corpus, in a temporary folder: from text to report. And then the same call
+# A very small one, two seconds of steps on a small corpus, in a temporary folder: from text to report. And then the same call
 # again, which finds the run finished and reports it once more without a step.
 
 # %%
@@ -404,10 +404,10 @@ config = Config(
     data=DataConfig(pattern="[abc]*.py", folder=scratch.name + "/data", held_out=0.1),
     model=ModelConfig(hidden=64, heads=4, head_dim=16, experts=8, expert_hidden=64, vocab_size=512, layers=2),
     optimizer=OptimizerConfig(learning_rate=5e-3, warmup=5),
-    train=TrainConfig(steps=40, sequence_length=64, batch_size=16, micro_batch_size=8),
+    train=TrainConfig(steps=120, sequence_length=64, batch_size=16, micro_batch_size=8),
 )
 trained = train(config)
-assert train(config).step == 40
+assert train(config).step == 120
 
 # %% [markdown]
 # Next: all of this from the [command line](90_cli.py).

@@ -255,7 +255,11 @@ def main(arguments: list[str] | None = None) -> int:
 print("exit code", main(["train", "configs/none.toml"]))
 print("exit code", main(["generate", "runs/none"]))
 
+# %% [markdown]
+# `python -m pithtrain.cli` does the same as `pithtrain`; launchers such as torchrun want a module. Running this
+# notebook must not, and a notebook has no `__spec__`.
+
 # %%
 #| export
-if __name__ == "__main__":
+if __name__ == "__main__" and globals().get("__spec__") is not None:
     sys.exit(main())

@@ -202,6 +202,6 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.close()
         return 141
 
-# %% ../nbs/90_cli.py #imports-2@85d88cdd
-if __name__ == "__main__":
+# %% ../nbs/90_cli.py #imports-2@de87138f
+if __name__ == "__main__" and globals().get("__spec__") is not None:
     sys.exit(main())
