@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ..kernels.expert_mlp import expert_mlp
 
-# %% ../../nbs/22_experts.py #ExpertMLP@b07a76e3
+# %% ../../nbs/22_experts.py #ExpertMLP@6015b354
 class ExpertMLP(torch.autograd.Function):
     """The expert MLP with each expert's rows contiguous and its backward written out; shapes as in `Experts`."""
 
@@ -32,7 +32,7 @@ class ExpertMLP(torch.autograd.Function):
             run = slice(ends[expert], ends[expert + 1])
             if run.start == run.stop:
                 continue
-            torch.mm(tokens[rows[run]], gate_up[expert].t(), out=pre[run])
+            torch.mm(tokens.index_select(0, rows[run]), gate_up[expert].t(), out=pre[run])
             gate, up = pre[run].chunk(2, dim=-1)
             activated = F.silu(gate).mul_(up).mul_(pair_weights[run])
             output.index_add_(0, rows[run], (activated @ down[expert].t()).float())
@@ -51,9 +51,9 @@ class ExpertMLP(torch.autograd.Function):
             run = slice(ctx.ends[expert], ctx.ends[expert + 1])
             if run.start == run.stop:
                 continue
-            x, grad_y, w = tokens[rows[run]], grad[rows[run]], pair_weights[run]
+            x, grad_y = tokens.index_select(0, rows[run]), grad.index_select(0, rows[run])
             gate, up = pre[run].chunk(2, dim=-1)
-            silu = F.silu(gate)
+            w, silu = pair_weights[run], F.silu(gate)
             activated = silu * up
             grad_activated = grad_y @ down[expert]
             grad_weights[order[run]] = torch.linalg.vecdot(grad_activated.float(), activated.float())
