@@ -33,17 +33,23 @@ print("experts", chosen.tolist(), "with weights", [round(float(w), 2) for w in w
 # %% [markdown]
 # ## Reading order
 #
-# | notebooks | what they build |
-# |---|---|
-# | [01 config](01_config.py), [02 traceback](02_traceback.py) | a run as one value; from an error to its notebook |
-# | 10 to 19 | Triton kernels, each beside its PyTorch reference: [sort](11_sort.py), [expert MLP](12_expert_mlp.py), [router](13_router_kernel.py), [cross-entropy](14_cross_entropy.py) |
-# | [20 router](20_router.py), [21 balance](21_balance.py), [22 experts](22_experts.py) | the Mixture-of-Experts itself |
-# | [23 linear](23_linear.py), [24 norm](24_norm.py), [25 rotary](25_rotary.py), [26 attention](26_attention.py), [27 loss](27_loss.py) | the rest of a layer, and what judges it |
-# | [30 stages](30_stages.py), [31 Qwen3-MoE](31_qwen3_moe.py) | a layer in five stages, a model in one file |
-# | 50 to 57 | pipeline [schedules](50_schedule.py) as data: generated, simulated, validated, [drawn](55_draw.py), [run](57_engine.py) |
-# | [60 corpus](60_corpus.py), [61 tokenizer](61_tokenizer.py), [62 shards](62_shards.py), [63 batches](63_batches.py), [64 baselines](64_baselines.py) | text to tokens to batches, and what a model must beat |
-# | [65 optimizer](65_optimizer.py), [66 checkpoint](66_checkpoint.py), [67 metrics](67_metrics.py), [68 figures](68_figures.py), [69 run](69_run.py), [70 generate](70_generate.py), [71 trainer](71_trainer.py) | training |
-# | [85](85_bench.py), [86 benchmarks](86_bench_step.py), [90 command line](90_cli.py) | measuring, and using it |
+# - **Start**: a run as one value, [config](01_config.py); from an error to its notebook,
+#   [traceback](02_traceback.py).
+# - **Kernels** in Triton, each beside its PyTorch reference: [Triton here](10_triton.py), [sort](11_sort.py),
+#   [expert MLP](12_expert_mlp.py), [router](13_router_kernel.py), [cross-entropy](14_cross_entropy.py).
+# - **Layers**: the Mixture-of-Experts itself, [router](20_router.py), [balance](21_balance.py) and
+#   [experts](22_experts.py); and the rest of a layer, [linear](23_linear.py), [norm](24_norm.py),
+#   [rotary](25_rotary.py), [attention](26_attention.py), [loss](27_loss.py).
+# - **Models**: a layer in [five stages](30_stages.py), a model in one file, [Qwen3-MoE](31_qwen3_moe.py).
+# - **Pipeline**: [schedules](50_schedule.py) as data, [generated](51_generate.py), [simulated](52_simulate.py),
+#   [lowered](53_lower.py), [validated](54_validate.py), [drawn](55_draw.py), [described](56_describe.py),
+#   [run](57_engine.py) and [fitted](58_fit.py) to what was measured.
+# - **Text**: [corpus](60_corpus.py), [tokenizer](61_tokenizer.py), [shards](62_shards.py),
+#   [batches](63_batches.py), and the [baselines](64_baselines.py) a model must beat.
+# - **Training**: [optimizer](65_optimizer.py), [checkpoint](66_checkpoint.py), [metrics](67_metrics.py),
+#   [figures](68_figures.py), [run](69_run.py), [generate](70_generate.py), [trainer](71_trainer.py).
+# - **Tools**: benchmarks of a [block](85_bench.py) and of a [step](86_bench_step.py), the
+#   [command line](90_cli.py).
 #
 # Start with the [router](20_router.py) if you came to learn, with the [command line](90_cli.py) if you
 # came to train.

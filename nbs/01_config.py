@@ -29,10 +29,12 @@ from typing import Any, Literal, get_args, get_origin
 # A mistake in what the user gave is a `UserError`. Its text is one line: what is wrong, where, and what
 # would be right. The command line prints that line and exits with code 2; a library caller catches it.
 
+
 # %%
 #| export
 class UserError(Exception):
     """A mistake in a user's input: one line that says what is wrong, where, and what would be right."""
+
 
 # %% [markdown]
 # ## Fields
@@ -40,16 +42,19 @@ class UserError(Exception):
 # `knob` is `dataclasses.field` with a sentence of documentation and a range. `free=True` marks a field
 # that does not change the trained weights (how often to save, where to log): a resumed run may change it.
 
+
 # %%
 #| export
 def knob(default: Any, doc: str, *, low: float | None = None, high: float | None = None, free: bool = False) -> Any:
     """A dataclass field with its documentation, its allowed range (inclusive) and whether a resume may change it."""
     return field(default=default, metadata={"doc": doc, "low": low, "high": high, "free": free})
 
+
 # %% [markdown]
 # ## The sections
 #
 # One dataclass for each table of the TOML file. The defaults are the tiny run that `make train` does.
+
 
 # %%
 #| export
@@ -142,6 +147,7 @@ class LogConfig:
     tensorboard: bool = knob(False, "write TensorBoard events (extra: tensorboard)", free=True)
     wandb: bool = knob(False, "log to Weights & Biases (extra: wandb)", free=True)
 
+
 # %%
 #| export
 @dataclass(frozen=True)
@@ -161,6 +167,7 @@ class Config:
         """The run's folder."""
         return Path(self.run.folder) / self.run.name
 
+
 # %%
 config = Config()
 config.model
@@ -170,6 +177,7 @@ config.model
 #
 # `check_value` compares one value with its field, `section_from_table` one table with its dataclass. A
 # message starts with the key as the user wrote it; a misspelt key is answered with the nearest real one.
+
 
 # %%
 #| export
@@ -190,12 +198,14 @@ def check_value(where: str, spec: dataclasses.Field, value: Any) -> Any:
         raise UserError(f"{where}: {value} is out of range, expected {span}")
     return value
 
+
 # %%
 #| export
 def nearest(name: str, names: list[str]) -> str:
     """A hint for a misspelt name: the closest of `names`, or all of them."""
     close = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+
 
 # %%
 #| export
@@ -209,6 +219,7 @@ def section_from_table(section: type, where: str, table: Any) -> Any:
             raise UserError(f"{where}.{key}: no such setting; {nearest(key, list(specs))}")
     return section(**{key: check_value(f"{where}.{key}", specs[key], value) for key, value in table.items()})
 
+
 # %%
 try:
     section_from_table(ModelConfig, "tiny.toml: model", {"expert": 8})
@@ -221,6 +232,7 @@ except UserError as error:
 
 # %% [markdown]
 # Some rules bind several fields. They are checked once, when the whole config is known.
+
 
 # %%
 #| export
@@ -254,9 +266,11 @@ def check_config(config: Config, where: str) -> None:
         if not holds:
             raise UserError(f"{where}: {message}")
 
+
 # %% [markdown]
 # A setting on the command line overrides the file's: `--train.steps 500`. Its text is read as a TOML
 # value where it is one and as a plain string otherwise, so `--run.name wide` needs no inner quotes.
+
 
 # %%
 #| export
@@ -266,6 +280,7 @@ def parse_override(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+
 
 # %%
 #| export
@@ -280,6 +295,7 @@ def config_from_tables(tables: dict[str, Any], where: str) -> Config:
     )
     check_config(config, where)
     return config
+
 
 # %%
 #| export
@@ -306,6 +322,7 @@ def load_config(path: Path, overrides: list[tuple[str, str]] = ()) -> Config:
             table[name] = parse_override(text)
     return config_from_tables(tables, str(path))
 
+
 # %%
 import tempfile
 
@@ -326,6 +343,7 @@ with tempfile.TemporaryDirectory() as folder:
 # A run keeps the config it ran with, complete. A later start of the same run is compared with it field by
 # field: what is not `free` must be equal, or the run folder belongs to a different config.
 
+
 # %%
 #| export
 def to_toml(config: Config) -> str:
@@ -333,6 +351,7 @@ def to_toml(config: Config) -> str:
     import tomli_w
 
     return tomli_w.dumps(dataclasses.asdict(config))
+
 
 # %%
 #| export
@@ -347,12 +366,14 @@ def differences(config: Config, other: Config) -> list[str]:
         != (theirs := getattr(getattr(other, section.name), spec.name))
     ]
 
+
 # %%
 assert config_from_tables(tomllib.loads(to_toml(wide)), "copy") == wide
 differences(wide, config)
 
 # %% [markdown]
 # And the reference, from the same definitions; `pithtrain train --help` prints it.
+
 
 # %%
 #| export
@@ -368,6 +389,7 @@ def describe_settings() -> str:
             default = f"default {spec.default!r}".lower() if spec.type is bool else f"default {spec.default!r}"
             lines.append(f"  {f'--{section.name}.{spec.name}':<26} {spec.metadata['doc']} ({kind}{span}; {default})")
     return "\n".join(lines[1:])
+
 
 # %%
 print(describe_settings())

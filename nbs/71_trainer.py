@@ -390,8 +390,8 @@ def report(config: Config, shards: Shards, model: Qwen3Moe) -> str:
 # %% [markdown]
 # ## A whole run
 #
-# A very small one, two seconds of steps on a small corpus, in a temporary folder: from text to report. And then the same call
-# again, which finds the run finished and reports it once more without a step.
+# A very small one, seconds of steps on a small corpus, in a temporary folder: from text to report. And then
+# the same call again, which finds the run finished and reports it once more without a step.
 
 # %%
 import tempfile
