@@ -21,6 +21,7 @@
 
 # %%
 #| export
+import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -57,14 +58,25 @@ def check_run_folder(config: Config) -> None:
 # %%
 #| export
 def create_run_folder(config: Config, tokenizer: Path) -> None:
-    """Make the run's folder, or find it made, with the config and a copy of the tokenizer in it."""
-    config.path.mkdir(parents=True, exist_ok=True)
-    if not (config.path / "tokenizer.json").exists():
-        shutil.copyfile(tokenizer, config.path / "tokenizer.json")
-    # The config is written last: a folder that has one is a run.
-    beside = config.path / "config.toml.partial"
-    beside.write_text(to_toml(config))
-    beside.rename(config.path / "config.toml")
+    """Make the run's folder, whole or not at all, with the config and a copy of the tokenizer in it.
+
+    A folder that is there gets the config anew, because free settings may have changed. Raises UserError where
+    nothing can be written.
+    """
+    partial = config.path.with_name(f".{config.run.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        (partial / "config.toml").write_text(to_toml(config))
+        if (config.path / "config.toml").exists():
+            os.replace(partial / "config.toml", config.path / "config.toml")
+        else:
+            shutil.copyfile(tokenizer, partial / "tokenizer.json")
+            os.rename(partial, config.path)
+    except OSError as error:
+        raise UserError(f"{config.path}: cannot be written ({error.strerror}); mend that or set run.folder") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 # %%

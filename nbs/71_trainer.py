@@ -258,6 +258,11 @@ def train(config: Config) -> Trained:
         config.data.held_out,
         report=print,
     )
+    found = shards.manifest
+    print(
+        f"{found.corpus}: {found.train.documents} files to train on, {found.train.tokens:,} tokens; "
+        f"{found.held_out.documents} held out; {found.empty} empty and {found.undecodable} undecodable skipped"
+    )
     batches = TrainBatches(shards.train, config.train.sequence_length, config.train.batch_size, config.run.seed)
     try:
         create_run_folder(config, shards.folder / "tokenizer.json")

@@ -254,6 +254,30 @@ def test_a_full_disk_while_saving_keeps_the_older_checkpoint(command, tmp_path, 
     assert cli.main(command()) == 0
 
 
+def test_a_full_disk_when_the_run_begins_leaves_nothing(command, tmp_path, capsys, monkeypatch):
+    write = Path.write_text
+
+    def full(path, text, *more, **named):
+        if path.name == "config.toml":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, text, *more, **named)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert "No space left on device" in refused(capsys, command())
+    assert list((tmp_path / "runs").iterdir()) == []
+    monkeypatch.undo()
+    assert cli.main(command()) == 0
+
+
+def test_undecodable_files_are_skipped_with_a_count(command, tmp_path, corpus, capsys):
+    mixed = shutil.copytree(corpus, tmp_path / "mixed")
+    for name in ("one.py", "two.py"):
+        (mixed / name).write_bytes(b"x = '\xff\xfe'\n")
+    assert cli.main(command("--data.corpus", str(mixed))) == 0
+    output = capsys.readouterr().out
+    assert any("2" in line and "skipped" in line for line in output.splitlines()), output
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path, capsys):
     message = refused(
         capsys, command("--optimizer.learning_rate", "1e20", "--optimizer.clip", "0", "--train.steps", "30")

@@ -147,7 +147,7 @@ class Trained:
     step: int
     steps: int
 
-# %% ../../nbs/71_trainer.py #train@3caba0f8
+# %% ../../nbs/71_trainer.py #train@2c234e15
 def train(config: Config) -> Trained:
     """Train the run that `config` describes, from its newest checkpoint if it has one, and report it.
 
@@ -165,6 +165,11 @@ def train(config: Config) -> Trained:
         config.model.vocab_size,
         config.data.held_out,
         report=print,
+    )
+    found = shards.manifest
+    print(
+        f"{found.corpus}: {found.train.documents} files to train on, {found.train.tokens:,} tokens; "
+        f"{found.held_out.documents} held out; {found.empty} empty and {found.undecodable} undecodable skipped"
     )
     batches = TrainBatches(shards.train, config.train.sequence_length, config.train.batch_size, config.run.seed)
     try:
