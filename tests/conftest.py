@@ -1,8 +1,15 @@
-"""Failures name the notebook to open; tests marked `gpu` are skipped where there is no CUDA device."""
+"""Failures name the notebook to open; `gpu` tests skip without CUDA; CI draws the same random cases each time."""
+
+import os
 
 import pytest
+from hypothesis import settings
 
 from pithtrain.traceback import notebook_of
+
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 
 @pytest.hookimpl(wrapper=True)
