@@ -18,8 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pithtrain.kernels.router import route as fused_route
-
 # %% [markdown]
 # ## The maths
 #
@@ -116,8 +114,8 @@ fig
 # ## The layer
 #
 # The bias is a buffer, not a parameter: no gradient reaches it. It is saved with the model, because
-# leaving it out would route a resumed run differently. On a GPU, [one kernel](13_router_kernel.py) does all
-# of `route`.
+# leaving it out would route a resumed run differently. ([One kernel](13_router_kernel.py) does all of `route`
+# on a GPU.)
 
 
 # %%
@@ -133,9 +131,6 @@ class Router(nn.Module):
 
     def forward(self, tokens: Tensor) -> Routed:
         """Route `tokens` (T, hidden)."""
-        if tokens.is_cuda:
-            fused = fused_route(tokens, self.weight, self.top_k, self.bias, self.renormalise)
-            return Routed(fused.weights, fused.expert_ids, fused.probs)
         return route(tokens, self.weight, self.bias, self.top_k, self.renormalise)
 
 

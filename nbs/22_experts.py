@@ -17,8 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pithtrain.kernels.expert_mlp import expert_mlp
-
 # %% [markdown]
 # ## The maths
 #
@@ -206,7 +204,7 @@ print(f"{'one dense product':16} {'':9} {2 * 1024**3 / min(times) / 1e9:6.0f} GF
 # %% [markdown]
 # ## The layer
 #
-# On a GPU the same plan is carried out by [Triton kernels](12_expert_mlp.py), all experts at once.
+# The same plan, with all experts at once, is what the [Triton kernels](12_expert_mlp.py) carry out on a GPU.
 
 
 # %%
@@ -224,8 +222,8 @@ class Experts(nn.Module):
 
         `expert_ids` (T, K), -1 for a pair that is not computed here; `weights` (T, K), fp32.
         """
-        run = expert_mlp if tokens.is_cuda else ExpertMLP.apply
-        return run(tokens, expert_ids, weights, self.gate_up.to(tokens.dtype), self.down.to(tokens.dtype))
+        gate_up, down = self.gate_up.to(tokens.dtype), self.down.to(tokens.dtype)
+        return ExpertMLP.apply(tokens, expert_ids, weights, gate_up, down)
 
 
 # %%

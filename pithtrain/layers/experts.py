@@ -5,13 +5,11 @@
 # %% auto
 __all__ = ['ExpertMLP', 'Experts']
 
-# %% ../../nbs/22_experts.py #imports@7c461700
+# %% ../../nbs/22_experts.py #imports@4e298389
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-
-from ..kernels.expert_mlp import expert_mlp
 
 # %% ../../nbs/22_experts.py #ExpertMLP@6015b354
 class ExpertMLP(torch.autograd.Function):
@@ -68,7 +66,7 @@ class ExpertMLP(torch.autograd.Function):
         grad_weights = grad_weights.view(ctx.weights_shape).to(ctx.weights_dtype)
         return grad_tokens.to(tokens.dtype), None, grad_weights, grad_gate_up, grad_down
 
-# %% ../../nbs/22_experts.py #Experts@e4f776b4
+# %% ../../nbs/22_experts.py #Experts@280ac99d
 class Experts(nn.Module):
     """`experts` SwiGLU MLPs of width `expert_hidden` over `hidden` features, in two stacked parameters."""
 
@@ -82,5 +80,5 @@ class Experts(nn.Module):
 
         `expert_ids` (T, K), -1 for a pair that is not computed here; `weights` (T, K), fp32.
         """
-        run = expert_mlp if tokens.is_cuda else ExpertMLP.apply
-        return run(tokens, expert_ids, weights, self.gate_up.to(tokens.dtype), self.down.to(tokens.dtype))
+        gate_up, down = self.gate_up.to(tokens.dtype), self.down.to(tokens.dtype)
+        return ExpertMLP.apply(tokens, expert_ids, weights, gate_up, down)

@@ -5,14 +5,12 @@
 # %% auto
 __all__ = ['Routed', 'route', 'Router']
 
-# %% ../../nbs/20_router.py #imports@47355572
+# %% ../../nbs/20_router.py #imports@24626851
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from ..kernels.router import route as fused_route
 
 # %% ../../nbs/20_router.py #Routed@d828b165
 class Routed(NamedTuple):
@@ -32,7 +30,7 @@ def route(tokens: Tensor, weight: Tensor, bias: Tensor, top_k: int, renormalise:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return Routed(weights, expert_ids, probs)
 
-# %% ../../nbs/20_router.py #Router@ed4f2999
+# %% ../../nbs/20_router.py #Router@d17e1368
 class Router(nn.Module):
     """Softmax router of `experts` experts over `hidden` features, choosing `top_k` for each token."""
 
@@ -44,7 +42,4 @@ class Router(nn.Module):
 
     def forward(self, tokens: Tensor) -> Routed:
         """Route `tokens` (T, hidden)."""
-        if tokens.is_cuda:
-            fused = fused_route(tokens, self.weight, self.top_k, self.bias, self.renormalise)
-            return Routed(fused.weights, fused.expert_ids, fused.probs)
         return route(tokens, self.weight, self.bias, self.top_k, self.renormalise)
