@@ -55,6 +55,18 @@ def refuse_overrides(arguments: list[str], command: str) -> None:
         raise UserError(f"{arguments[0]}: unexpected; pithtrain {command} --help lists the options")
 
 
+# %%
+#| export
+def check_output(path: Path | None, *endings: str) -> None:
+    """Refuse a file that could not be written, before the work that it is to hold."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}; make it, or choose another place")
+    if path.suffix not in endings:
+        raise UserError(f"{path}: expected a name that ends in {' or '.join(endings)}")
+
+
 # %% [markdown]
 # ## Commands
 #
@@ -104,6 +116,7 @@ def generate_command(arguments: argparse.Namespace, overrides: list[str]) -> int
 #| export
 def bench_step_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Time a CPU training step beside transformers; print a table, write JSON where asked."""
+    check_output(arguments.json, ".json")
     config = load_config(arguments.config, parse_overrides(overrides))
     from pithtrain.bench_step import bench_step, describe_bench_step
 
@@ -118,6 +131,7 @@ def bench_step_command(arguments: argparse.Namespace, overrides: list[str]) -> i
 #| export
 def bench_moe_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Time one Mixture-of-Experts block beside its floor and its peers; write JSON where asked."""
+    check_output(arguments.json, ".json")
     refuse_overrides(overrides, "bench moe")
     import torch
 
@@ -134,6 +148,7 @@ def bench_moe_command(arguments: argparse.Namespace, overrides: list[str]) -> in
 #| export
 def schedule_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Print a pipeline schedule's bubble and peak activations, and save its picture."""
+    check_output(arguments.picture, ".png", ".svg", ".pdf")
     refuse_overrides(overrides, "schedule")
     from pithtrain.parallel.pipeline.describe import describe
     from pithtrain.parallel.pipeline.draw import draw

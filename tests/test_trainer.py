@@ -335,6 +335,12 @@ def test_generate(command, tmp_path, capsys):
     assert stopped.value.code == 2
 
 
+@pytest.mark.parametrize("arguments", [["schedule", "--picture"], ["bench", "moe", "--json"]])
+def test_output_that_could_not_be_written_is_refused_before_the_work(capsys, tmp_path, arguments):
+    assert "there is no folder" in refused(capsys, [*arguments, str(tmp_path / "none/x.png")])
+    assert "expected a name that ends in" in refused(capsys, [*arguments, str(tmp_path / "x.foo")])
+
+
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["train", "--help"], ["train", "none.toml"]])
 def test_answers_come_before_torch_is_imported(arguments):
     code = f"import sys; sys.argv = ['pithtrain', *{arguments!r}]\nfrom pithtrain.cli import main\n"
