@@ -338,6 +338,25 @@ with tempfile.TemporaryDirectory() as folder:
             print(str(error).replace(folder + "/", ""))
 
 # %% [markdown]
+# A run keeps the config it ran with in its folder; whoever opens a run begins there.
+
+
+# %%
+#| export
+def load_run_config(folder: Path) -> Config:
+    """The config of the run in `folder`. Raises UserError where the folder is not a run."""
+    if not (folder / "config.toml").is_file():
+        raise UserError(f"{folder}: not a run (no config.toml there); a run's folder is runs/NAME")
+    return load_config(folder / "config.toml")
+
+
+# %%
+try:
+    load_run_config(Path("runs/none"))
+except UserError as error:
+    print(error)
+
+# %% [markdown]
 # ## Back to TOML, and what every key means
 #
 # A run keeps the config it ran with, complete. A later start of the same run is compared with it field by

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-from pithtrain.config import Config, UserError, differences, load_config, to_toml
+from pithtrain.config import Config, UserError, differences, load_run_config, to_toml
 from pithtrain.models.qwen3_moe import Qwen3Moe
 from pithtrain.train.checkpoint import checkpoint_path, checkpoint_steps, load_weights
 from pithtrain.train.tokenizer import load_tokenizer
@@ -48,7 +48,7 @@ def check_run_folder(config: Config) -> None:
         if not folder.is_dir() or any(folder.iterdir()):
             raise UserError(f"{folder}: exists and is not a run (no config.toml); set run.name to another name")
         return
-    if changed := differences(config, load_config(folder / "config.toml")):
+    if changed := differences(config, load_run_config(folder)):
         raise UserError(
             f"{folder}: belongs to a run with another config ({'; '.join(changed)}); "
             "set run.name to another name, or delete the folder"
@@ -119,12 +119,10 @@ class Run(NamedTuple):
 #| export
 def open_run(folder: Path) -> Run:
     """Open the run in `folder` at its newest checkpoint. Raises UserError where there is none."""
-    if not (folder / "config.toml").is_file():
-        raise UserError(f"{folder}: not a run (no config.toml there); a run's folder is runs/NAME")
+    config = load_run_config(folder)
     steps = checkpoint_steps(folder / "checkpoints")
     if not steps:
         raise UserError(f"{folder}: has no checkpoint yet; train it first")
-    config = load_config(folder / "config.toml")
     model = Qwen3Moe(config.model)
     load_weights(checkpoint_path(folder / "checkpoints", steps[-1]), model)
     return Run(config, load_tokenizer(folder / "tokenizer.json"), model, steps[-1])

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import pithtrain
-from pithtrain.config import UserError, describe_settings, load_config
+from pithtrain.config import UserError, describe_settings, load_config, load_run_config
 
 # %% [markdown]
 # ## Overrides
@@ -67,6 +67,14 @@ def check_output(path: Path | None, *endings: str) -> None:
         raise UserError(f"{path}: expected a name that ends in {' or '.join(endings)}")
 
 
+# %%
+#| export
+def save_json(result: dict, path: Path | None) -> None:
+    """Write a benchmark's result, where a file was asked for."""
+    if path is not None:
+        path.write_text(json.dumps(result, indent=2) + "\n")
+
+
 # %% [markdown]
 # ## Commands
 #
@@ -92,8 +100,7 @@ def train_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def generate_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Print a prompt and what the model makes of it."""
     refuse_overrides(overrides, "generate")
-    if not (arguments.run / "config.toml").is_file():
-        raise UserError(f"{arguments.run}: not a run (no config.toml there); a run's folder is runs/NAME")
+    load_run_config(arguments.run)  # a mistake is answered before torch is imported
     from pithtrain.train.generate import generate
     from pithtrain.train.run import open_run
 
@@ -122,8 +129,7 @@ def bench_step_command(arguments: argparse.Namespace, overrides: list[str]) -> i
 
     result = bench_step(config, arguments.rounds)
     print(describe_bench_step(result))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    save_json(result, arguments.json)
     return 0
 
 
@@ -139,8 +145,7 @@ def bench_moe_command(arguments: argparse.Namespace, overrides: list[str]) -> in
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = bench_moe(shape_named(arguments.shape), device, entrants(), arguments.rounds)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    save_json(result, arguments.json)
     return 0
 
 

@@ -5,7 +5,7 @@
 # %% auto
 __all__ = ['UserError', 'knob', 'RunConfig', 'DataConfig', 'ModelConfig', 'BalanceConfig', 'OptimizerConfig', 'TrainConfig',
            'LogConfig', 'Config', 'check_value', 'nearest', 'section_from_table', 'check_config', 'parse_override',
-           'config_from_tables', 'load_config', 'to_toml', 'differences', 'describe_settings']
+           'config_from_tables', 'load_config', 'load_run_config', 'to_toml', 'differences', 'describe_settings']
 
 # %% ../nbs/01_config.py #imports@518050d9
 import dataclasses
@@ -243,6 +243,13 @@ def load_config(path: Path, overrides: list[tuple[str, str]] = ()) -> Config:
         if isinstance(table, dict):
             table[name] = parse_override(text)
     return config_from_tables(tables, str(path))
+
+# %% ../nbs/01_config.py #load_run_config@1d63ec26
+def load_run_config(folder: Path) -> Config:
+    """The config of the run in `folder`. Raises UserError where the folder is not a run."""
+    if not (folder / "config.toml").is_file():
+        raise UserError(f"{folder}: not a run (no config.toml there); a run's folder is runs/NAME")
+    return load_config(folder / "config.toml")
 
 # %% ../nbs/01_config.py #to_toml@867475f4
 def to_toml(config: Config) -> str:

@@ -5,7 +5,7 @@
 # %% auto
 __all__ = ['check_run_folder', 'create_run_folder', 'Run', 'open_run']
 
-# %% ../../nbs/69_run.py #imports@3a4d8075
+# %% ../../nbs/69_run.py #imports@513e887b
 import os
 import shutil
 from pathlib import Path
@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-from ..config import Config, UserError, differences, load_config, to_toml
+from ..config import Config, UserError, differences, load_run_config, to_toml
 from ..models.qwen3_moe import Qwen3Moe
 from .checkpoint import checkpoint_path, checkpoint_steps, load_weights
 from .tokenizer import load_tokenizer
 
-# %% ../../nbs/69_run.py #check_run_folder@eecdbaaa
+# %% ../../nbs/69_run.py #check_run_folder@26718aab
 def check_run_folder(config: Config) -> None:
     """Refuse a run folder that holds something else than this config's run. Touches nothing."""
     folder = config.path
@@ -28,7 +28,7 @@ def check_run_folder(config: Config) -> None:
         if not folder.is_dir() or any(folder.iterdir()):
             raise UserError(f"{folder}: exists and is not a run (no config.toml); set run.name to another name")
         return
-    if changed := differences(config, load_config(folder / "config.toml")):
+    if changed := differences(config, load_run_config(folder)):
         raise UserError(
             f"{folder}: belongs to a run with another config ({'; '.join(changed)}); "
             "set run.name to another name, or delete the folder"
@@ -65,15 +65,13 @@ class Run(NamedTuple):
     model: Qwen3Moe  #: on the CPU, fp32, with the newest checkpoint's weights
     step: int
 
-# %% ../../nbs/69_run.py #open_run@58c15ddf
+# %% ../../nbs/69_run.py #open_run@72841d6e
 def open_run(folder: Path) -> Run:
     """Open the run in `folder` at its newest checkpoint. Raises UserError where there is none."""
-    if not (folder / "config.toml").is_file():
-        raise UserError(f"{folder}: not a run (no config.toml there); a run's folder is runs/NAME")
+    config = load_run_config(folder)
     steps = checkpoint_steps(folder / "checkpoints")
     if not steps:
         raise UserError(f"{folder}: has no checkpoint yet; train it first")
-    config = load_config(folder / "config.toml")
     model = Qwen3Moe(config.model)
     load_weights(checkpoint_path(folder / "checkpoints", steps[-1]), model)
     return Run(config, load_tokenizer(folder / "tokenizer.json"), model, steps[-1])
