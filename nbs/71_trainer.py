@@ -27,7 +27,7 @@ from pithtrain.layers.balance import balance_loss, expert_load, routing_entropy,
 from pithtrain.layers.loss import linear_cross_entropy
 from pithtrain.models.qwen3_moe import Qwen3Moe, count_parameters, initialise
 from pithtrain.train.baselines import bits_per_byte, score_baselines
-from pithtrain.train.batches import HeldOutBatches, TrainBatches
+from pithtrain.train.batches import IGNORE, HeldOutBatches, TrainBatches
 from pithtrain.train.checkpoint import (
     checkpoint_path,
     checkpoint_steps,
@@ -112,7 +112,7 @@ def train_step(
     """One optimiser step at learning rate `rate` on `inputs` and `targets`, (batch_size, sequence) int64."""
     size, experts = config.train.micro_batch_size, config.model.experts
     pieces = range(0, len(inputs), size)
-    tokens = (targets != -100).sum()
+    tokens = (targets != IGNORE).sum()
     losses = torch.zeros(2, device=inputs.device)
     load = torch.zeros(config.model.layers, experts, dtype=torch.long, device=inputs.device)
     entropy = torch.zeros(config.model.layers, device=inputs.device)
@@ -178,7 +178,7 @@ def evaluate(model: Qwen3Moe, batches: Iterable[tuple[Tensor, Tensor]], compute:
         hidden, _ = model(inputs.to(compute.device), compute.dtype)
         wanted = targets.flatten().to(compute.device)
         total += linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, wanted).cpu()
-        count += int((targets != -100).sum())
+        count += int((targets != IGNORE).sum())
     return total.item(), count
 
 

@@ -6,7 +6,7 @@
 __all__ = ['Compute', 'choose_compute', 'StepResult', 'train_step', 'evaluate', 'StopRequest', 'Trained', 'train', 'run_steps',
            'step_record', 'report']
 
-# %% ../../nbs/71_trainer.py #imports@a2e1da0a
+# %% ../../nbs/71_trainer.py #imports@f2e1e01d
 import json
 import math
 import signal
@@ -26,7 +26,7 @@ from ..layers.balance import balance_loss, expert_load, routing_entropy, update_
 from ..layers.loss import linear_cross_entropy
 from ..models.qwen3_moe import Qwen3Moe, count_parameters, initialise
 from .baselines import bits_per_byte, score_baselines
-from .batches import HeldOutBatches, TrainBatches
+from .batches import IGNORE, HeldOutBatches, TrainBatches
 from pithtrain.train.checkpoint import (
     checkpoint_path,
     checkpoint_steps,
@@ -68,7 +68,7 @@ class StepResult(NamedTuple):
     load: Tensor  #: (L, E) int64 pairs that each expert got in the step
     entropy: Tensor  #: (L,) mean routing entropy, nats
 
-# %% ../../nbs/71_trainer.py #train_step@f141a6b7
+# %% ../../nbs/71_trainer.py #train_step@56dafa5a
 def train_step(
     model: Qwen3Moe,
     optimizer: torch.optim.Optimizer,
@@ -81,7 +81,7 @@ def train_step(
     """One optimiser step at learning rate `rate` on `inputs` and `targets`, (batch_size, sequence) int64."""
     size, experts = config.train.micro_batch_size, config.model.experts
     pieces = range(0, len(inputs), size)
-    tokens = (targets != -100).sum()
+    tokens = (targets != IGNORE).sum()
     losses = torch.zeros(2, device=inputs.device)
     load = torch.zeros(config.model.layers, experts, dtype=torch.long, device=inputs.device)
     entropy = torch.zeros(config.model.layers, device=inputs.device)
@@ -106,7 +106,7 @@ def train_step(
             update_bias(layer.router.bias, layer_load, config.balance.bias_rate)
     return StepResult(losses[0].item(), losses[1].item(), float(grad_norm), load.cpu(), entropy.cpu())
 
-# %% ../../nbs/71_trainer.py #evaluate@7a9cfb55
+# %% ../../nbs/71_trainer.py #evaluate@d696e3d4
 @torch.no_grad()
 def evaluate(model: Qwen3Moe, batches: Iterable[tuple[Tensor, Tensor]], compute: Compute) -> tuple[float, int]:
     """Summed cross-entropy in nats over all targets of `batches`, and the number of those targets."""
@@ -115,7 +115,7 @@ def evaluate(model: Qwen3Moe, batches: Iterable[tuple[Tensor, Tensor]], compute:
         hidden, _ = model(inputs.to(compute.device), compute.dtype)
         wanted = targets.flatten().to(compute.device)
         total += linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, wanted).cpu()
-        count += int((targets != -100).sum())
+        count += int((targets != IGNORE).sum())
     return total.item(), count
 
 # %% ../../nbs/71_trainer.py #StopRequest@9f721cde
