@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pithtrain.layers.attention import Attention
+from pithtrain.layers.attention import Attention, Sequences
 from pithtrain.layers.rotary import rotary_table
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -60,7 +60,7 @@ def test_against_loops(hidden, heads, kv_heads, head_dim, sequence, dtype):
     x = torch.randn(2, sequence, hidden).to(dtype).requires_grad_()
     upstream = torch.randn(2, sequence, hidden).to(dtype)
     table = rotary_table(torch.arange(sequence), head_dim, 10_000.0)
-    got = layer(x, *table)
+    got = layer(x, Sequences(*table))
     assert got.dtype == dtype and got.shape == x.shape
     parameters = {n: p.detach().double().requires_grad_() for n, p in layer.named_parameters()}
     x64 = x.detach().double().requires_grad_()
@@ -85,7 +85,7 @@ def test_no_token_sees_the_future():
     table = rotary_table(torch.arange(9), 4, 10_000.0)
     x = torch.randn(1, 9, 16, requires_grad=True)
     for t in range(9):
-        (grad,) = torch.autograd.grad(layer(x, *table)[0, t].sum(), x)
+        (grad,) = torch.autograd.grad(layer(x, Sequences(*table))[0, t].sum(), x)
         reach = grad[0].abs().amax(dim=1)
         assert not reach[t + 1 :].any() and (reach[: t + 1] > 0).all()
 
@@ -94,8 +94,8 @@ def test_sequences_of_a_batch_do_not_mix():
     layer = make(16, 4, 2, 4)
     table = rotary_table(torch.arange(7), 4, 10_000.0)
     x = torch.randn(3, 7, 16, requires_grad=True)
-    together = layer(x, *table)
-    torch.testing.assert_close(together, torch.cat([layer(x[i : i + 1], *table) for i in range(3)]))
+    together = layer(x, Sequences(*table))
+    torch.testing.assert_close(together, torch.cat([layer(x[i : i + 1], Sequences(*table)) for i in range(3)]))
     (grad,) = torch.autograd.grad(together[1].sum(), x)
     assert grad[1].any() and not grad[0].any() and not grad[2].any()
 
@@ -103,9 +103,9 @@ def test_sequences_of_a_batch_do_not_mix():
 def test_only_relative_positions_matter():
     layer = make(16, 4, 2, 4)
     x = torch.randn(1, 7, 16)
-    near, far = (layer(x, *rotary_table(torch.arange(7) + shift, 4, 10_000.0)) for shift in (0, 50))
+    near, far = (layer(x, Sequences(*rotary_table(torch.arange(7) + shift, 4, 10_000.0))) for shift in (0, 50))
     assert error(near, far) < 1e-5
-    turned = layer(x, *rotary_table(torch.arange(7).flip(0), 4, 10_000.0))
+    turned = layer(x, Sequences(*rotary_table(torch.arange(7).flip(0), 4, 10_000.0)))
     assert error(turned, near) > 1e-3
 
 
@@ -114,7 +114,7 @@ def test_scores_do_not_grow_with_the_input():
     layer = make(16, 4, 2, 4, eps=0.0)
     table = rotary_table(torch.arange(7), 4, 10_000.0)
     x = torch.randn(1, 7, 16)
-    assert error(layer(100 * x, *table), 100 * layer(x, *table)) < 1e-5
+    assert error(layer(100 * x, Sequences(*table)), 100 * layer(x, Sequences(*table))) < 1e-5
 
 
 def test_non_contiguous_input_and_no_grad():
@@ -122,6 +122,6 @@ def test_non_contiguous_input_and_no_grad():
     table = rotary_table(torch.arange(7), 4, 10_000.0)
     x = torch.randn(7, 2, 16).transpose(0, 1)
     assert not x.is_contiguous()
-    torch.testing.assert_close(layer(x, *table), layer(x.contiguous(), *table))
+    torch.testing.assert_close(layer(x, Sequences(*table)), layer(x.contiguous(), Sequences(*table)))
     with torch.no_grad():
-        assert not layer(x, *table).requires_grad
+        assert not layer(x, Sequences(*table)).requires_grad
