@@ -12,6 +12,8 @@
 
 # %%
 #| export
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,11 +32,22 @@ from torch import Tensor
 
 # %%
 #| export
+def frequencies(head_dim: int, theta: float, device: torch.device | None = None) -> Tensor:
+    """Radians per position of each pair of a head, (head_dim / 2,) fp32."""
+    pairs = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+    # A quotient, not a negative power: the table then equals the one checkpoints were trained with to the bit.
+    return 1.0 / theta ** (pairs / head_dim)
+
+
+# %%
+print("positions per turn:", [round(turn) for turn in (2 * math.pi / frequencies(16, 10_000.0)).tolist()])
+
+
+# %%
+#| export
 def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each (..., head_dim / 2) fp32, for integer `positions` (...)."""
-    pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    # A quotient, not a negative power: the table then equals the one checkpoints were trained with to the bit.
-    angles = positions.float().unsqueeze(-1) * (1.0 / theta ** (pairs / head_dim))
+    angles = positions.float().unsqueeze(-1) * frequencies(head_dim, theta, positions.device)
     return angles.cos(), angles.sin()
 
 
@@ -82,6 +95,139 @@ def score(query_position, key_position):
 for shift in (0, 10, 100):
     print(f"positions {7 + shift:3} and {2 + shift:3}: {score(7 + shift, 2 + shift):.5f}")
 assert abs(score(7, 2) - score(107, 102)) < 1e-4
+
+# %% [markdown]
+# ## Neighbouring pairs
+#
+# Which features make a pair is a convention, but one that a checkpoint's weights are bound to. DeepSeek's
+# models pair neighbours, $(x_{2i}, x_{2i+1})$, where most others pair halves.
+
+
+# %%
+#| export
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` for a head whose pairs are neighbours, features 2i and 2i + 1; shapes as there."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(dim=-1)
+    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
+    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
+
+
+# %%
+table = rotary_table(torch.tensor([7]), 32, 10_000.0)
+neighbours = torch.arange(32).view(2, 16).t().flatten()  # 0, 16, 1, 17, ...: halves to neighbours
+assert torch.equal(rotate_pairs(query[..., neighbours], *table), rotate(query, *table)[..., neighbours])
+
+# %% [markdown]
+# ## Longer than it was trained on: YaRN
+#
+# A slow hand that moved through a quarter turn over the $L$ positions of training meets angles at
+# position $2L$ that it has never seen. A fast hand has been everywhere already. YaRN (arXiv 2309.00071)
+# stretches a context by a factor $s$ accordingly: with $r_i = L\,\theta^{-2i/d} / 2\pi$ the turns of pair $i$
+# within the training length, frequencies of pairs with $r_i$ above $\beta_\text{fast}$ stay, those below
+# $\beta_\text{slow}$ are divided by $s$ (so position $sL$ looks as $L$ did), and a linear ramp
+# $\gamma$ over $i$ leads from one to the other:
+#
+# $$f_i = (1 - \gamma_i)\, \theta^{-2i/d} + \gamma_i\, \frac{\theta^{-2i/d}}{s}, \qquad
+#   \gamma_i = \operatorname{clamp}\!\left(\frac{i - i_\text{fast}}{i_\text{slow} - i_\text{fast}}, 0, 1\right), \qquad
+#   i_\beta = \frac{d \ln (L / 2\pi\beta)}{2 \ln \theta}.$$
+#
+# $i_\beta$ is the pair that makes $\beta$ turns. DeepSeek rounds both ends of the ramp outwards to whole
+# pairs (`truncate`), GPT-OSS does not.
+
+
+# %%
+#| export
+def yarn_frequencies(
+    head_dim: int, theta: float, factor: float, original_length: int, beta_fast: float = 32.0,
+    beta_slow: float = 1.0, truncate: bool = True, device: torch.device | None = None,
+) -> Tensor:  # fmt: skip
+    """`frequencies` for a context `factor` times the `original_length` (in positions) of training.
+
+    Pairs of more than `beta_fast` turns in that length keep theirs, pairs of fewer than `beta_slow` are slowed
+    by `factor`; `truncate` rounds the ends of the ramp between them to whole pairs. Source: arXiv 2309.00071.
+    """
+    plain = frequencies(head_dim, theta, device)
+    if factor == 1:
+        return plain
+    fast, slow = (
+        head_dim * math.log(original_length / (2 * math.pi * beta)) / (2 * math.log(theta))
+        for beta in (beta_fast, beta_slow)
+    )
+    if truncate:
+        fast, slow = math.floor(fast), math.ceil(slow)
+    fast, slow = max(fast, 0), min(slow, head_dim - 1)
+    pairs = torch.arange(head_dim // 2, device=device, dtype=torch.float32)
+    # The order of these roundings is that of published code: the result equals it to the bit.
+    keep = 1 - ((pairs - fast) / (slow - fast or 0.001)).clamp(0, 1)
+    slowed = 1.0 / (factor * theta ** (torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim))
+    return slowed * (1 - keep) + plain * keep
+
+
+# %%
+fig, ax = plt.subplots(figsize=(6.5, 3))
+for name, options in (
+    ("DeepSeek-V3, 4,096 positions to 40 times as many", {"theta": 10_000.0, "factor": 40.0}),
+    ("GPT-OSS, 4,096 to 32 times as many", {"theta": 150_000.0, "factor": 32.0, "truncate": False}),
+):
+    kept = yarn_frequencies(64, original_length=4096, **options) / frequencies(64, options["theta"])
+    ax.semilogy(kept, "o-", ms=3, label=name)
+ax.set(title="YaRN slows the slow pairs and leaves the fast alone", xlabel="pair", ylabel="frequency, scaled / plain")
+ax.legend(fontsize=8)
+fig
+
+# %% [markdown]
+# In the figure the ramp lies where a pair makes between 32 turns and one in 4,096 positions.
+#
+# A longer context also flattens the softmax: there are more keys to share it. YaRN sharpens it again by a
+# *magnitude*, found by experiment, on the queries and on the keys:
+
+
+# %%
+#| export
+def yarn_magnitude(factor: float, strength: float = 1.0) -> float:
+    """What YaRN multiplies queries and keys by in a context `factor` times as long: 0.1 strength ln(factor) + 1."""
+    return 0.1 * strength * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+# %%
+for factor in (1, 4, 32, 40):
+    magnitude = yarn_magnitude(factor)
+    print(f"{factor:2} times as long: {magnitude:.4f}, squared on the scores {magnitude**2:.4f}")
+
+# %% [markdown]
+# GPT-OSS multiplies the table by it, and so all of query and key, which are rotated whole. DeepSeek rotates
+# only a part of each head and puts the square into the softmax's scale instead.
+
+
+# %%
+#| export
+def yarn_table(
+    positions: Tensor, head_dim: int, theta: float, factor: float, original_length: int, beta_fast: float = 32.0,
+    beta_slow: float = 1.0, truncate: bool = True, magnitude: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`rotary_table` with `yarn_frequencies`, cosines and sines multiplied by `magnitude`."""
+    turns = yarn_frequencies(head_dim, theta, factor, original_length, beta_fast, beta_slow, truncate, positions.device)
+    angles = positions.float().unsqueeze(-1) * turns
+    return angles.cos() * magnitude, angles.sin() * magnitude
+
+
+# %% [markdown]
+# How familiar is what lies beyond? The slowest pair's cosine over four training lengths, plain and stretched
+# by four: stretched, it stays within what training has shown, the shaded part of the axis.
+
+# %%
+positions = torch.arange(4 * 4096)
+plain, stretched = rotary_table(positions, 64, 10_000.0), yarn_table(positions, 64, 10_000.0, 4.0, 4096)
+fig, ax = plt.subplots(figsize=(6.5, 3))
+ax.plot(plain[0][:, -4], label="plain")
+ax.plot(stretched[0][:, -4], label="YaRN")
+seen = plain[0][:4096, -4]
+ax.axhspan(seen.min(), seen.max(), color="0.9")
+ax.axvline(4096, color="0.5", ls=":")
+ax.set(title="A slow pair beyond the training length", xlabel="position", ylabel="cosine of pair 28 of 32")
+ax.legend()
+fig
+assert stretched[0][:, -4].min() >= seen.min() - 1e-3
 
 # %% [markdown]
 # Next: [attention](26_attention.py), which uses it.

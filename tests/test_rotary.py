@@ -5,7 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pithtrain.layers.rotary import rotary_table, rotate
+from pithtrain.layers.rotary import (
+    frequencies,
+    rotary_table,
+    rotate,
+    rotate_pairs,
+    yarn_frequencies,
+    yarn_magnitude,
+    yarn_table,
+)
 
 
 def error(a, b):
@@ -98,3 +106,68 @@ def test_non_contiguous_input():
     x = torch.randn(2, 3, 9, 8).transpose(1, 2)
     assert not x.is_contiguous()
     assert torch.equal(rotate(x, *table), rotate(x.contiguous(), *table))
+
+
+YARN = {  # what published configs and their neighbours ask for
+    "DeepSeek-V2 and V3": (64, 1e4, 40.0, 4096, {}),
+    "GPT-OSS": (64, 150_000.0, 32.0, 4096, {"truncate": False}),
+    "tiny, other betas": (8, 100.0, 4.0, 32, {"beta_fast": 4.0, "beta_slow": 0.5}),
+    "ramp of no width": (8, 1e4, 4.0, 8, {"beta_fast": 1.0, "beta_slow": 1.0, "truncate": False}),
+    "ramp past the last pair": (4, 10.0, 8.0, 100_000, {}),
+}
+
+
+@pytest.mark.parametrize("name", YARN)
+def test_yarn_equals_that_of_transformers_bit_for_bit(name):
+    utils = pytest.importorskip("transformers.modeling_rope_utils")
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig
+
+    head_dim, theta, factor, length, options = YARN[name]
+    rope = {"rope_type": "yarn", "rope_theta": theta, "factor": factor, **options}
+    config = Qwen3MoeConfig(head_dim=head_dim, rope_parameters={**rope, "original_max_position_embeddings": length})
+    theirs, magnitude = utils.ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+    ours = yarn_frequencies(head_dim, theta, factor, length, **options)
+    assert torch.equal(ours, theirs) and yarn_magnitude(factor) == magnitude
+    positions = torch.arange(0, 40 * length, max(1, length // 7))
+    cos, sin = yarn_table(positions, head_dim, theta, factor, length, **options, magnitude=magnitude)
+    angles = positions[:, None].float() * theirs
+    assert torch.equal(cos, angles.cos() * magnitude) and torch.equal(sin, angles.sin() * magnitude)
+    assert not torch.equal(ours, frequencies(head_dim, theta)) or name == "ramp past the last pair"
+
+
+def test_yarn_keeps_fast_pairs_and_slows_slow_ones():
+    plain, scaled = frequencies(64, 1e4), yarn_frequencies(64, 1e4, 40.0, 4096)
+    turns = 4096 * plain / (2 * torch.pi)
+    assert torch.equal(scaled[turns > 64], plain[turns > 64])
+    torch.testing.assert_close(scaled[turns < 0.5], plain[turns < 0.5] / 40)
+    ratio = scaled / plain
+    assert (ratio.diff() < 1e-6).all() and 0.1 < ratio[16] < 0.9
+
+
+def test_yarn_by_a_factor_of_one_changes_nothing():
+    table = rotary_table(torch.arange(99), 16, 1e4)
+    for ours, plain in zip(yarn_table(torch.arange(99), 16, 1e4, 1.0, 32), table, strict=True):
+        assert torch.equal(ours, plain)
+    assert yarn_magnitude(1.0) == yarn_magnitude(0.5) == 1.0 and yarn_magnitude(40.0, 0.0) == 1.0
+
+
+@pytest.mark.parametrize("head_dim", [2, 6, 64])
+def test_neighbouring_pairs_against_complex_numbers_and_their_gradient(head_dim):
+    torch.manual_seed(0)
+    x, positions = torch.randn(2, 11, 3, head_dim), torch.arange(11)
+    pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
+    angles = positions[:, None].double() * frequencies(head_dim, 1e4).double()
+    turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None, :]
+    got = rotate_pairs(x, *rotary_table(positions, head_dim, 1e4))
+    assert error(got, torch.view_as_real(turned).flatten(-2)) < 1e-6
+    cos, sin = (t.double() for t in rotary_table(positions[:3], head_dim, 100.0))
+    assert torch.autograd.gradcheck(lambda x: rotate_pairs(x, cos, sin), x[:1, :3].double().requires_grad_())
+
+
+def test_a_table_for_each_row_of_a_batch():
+    torch.manual_seed(0)
+    x, positions = torch.randn(2, 5, 3, 8), torch.tensor([[0, 1, 2, 3, 4], [3, 4, 0, 1, 2]])
+    for turn in (rotate, rotate_pairs):
+        together = turn(x, *rotary_table(positions, 8, 100.0))
+        for row in range(2):
+            assert torch.equal(together[row], turn(x[row : row + 1], *rotary_table(positions[row], 8, 100.0))[0])
