@@ -57,6 +57,9 @@ for token in tokens:
 #
 # Scores, softmax and choice are float32 whatever the model computes in: two experts whose scores differ in
 # the fourth digit would tie in bfloat16, and a tie broken differently on two machines is a different model.
+#
+# A bias can choose experts whose probabilities have all underflowed to zero. `TINY` makes their weights zero
+# then, and not the quotient of two zeros.
 
 
 # %%
@@ -71,13 +74,18 @@ class Routed(NamedTuple):
 
 # %%
 #| export
+TINY = 1e-20  # far below the rounding of any sum that is not zero
+
+
+# %%
+#| export
 def route(tokens: Tensor, weight: Tensor, bias: Tensor, top_k: int, renormalise: bool) -> Routed:
     """Softmax routing of `tokens` (T, H) by `weight` (E, H) with a selection `bias` (E,) in fp32."""
     probs = torch.softmax(F.linear(tokens.float(), weight.float()), dim=-1)
     expert_ids = torch.topk(probs.detach() + bias, top_k, dim=-1).indices
     weights = probs.gather(1, expert_ids)
     if renormalise:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + TINY)
     return Routed(weights, expert_ids, probs)
 
 
@@ -149,3 +157,105 @@ print("gradient norm of each router row:", [f"{g:.3f}" for g in layer.weight.gra
 # The softmax couples every row to every other, but renormalising divides that coupling out: only the
 # chosen rows move. An expert that no token chooses therefore stays unchosen, and a router needs help to
 # keep its experts busy: [balance](21_balance.py).
+#
+# ## Experts in groups
+#
+# When experts live on many machines, a token that visits eight of them may have to travel to eight. DeepSeek
+# (V2, arXiv 2405.04434; V3, arXiv 2412.19437) bounds the travel: experts stand in groups, one group to a
+# machine, and a token may only choose from its few best groups. How good a group is for a token is read off
+# its best expert (V2) or its two best (V3).
+
+
+# %%
+#| export
+def choose_in_groups(scores: Tensor, top_k: int, groups: int, top_groups: int, best: int) -> Tensor:
+    """Ids (T, top_k), best first, of the highest `scores` (T, E) among the experts of the `top_groups` best groups.
+
+    A group is a run of E / groups neighbouring experts, as good as the sum of its `best` highest scores.
+    """
+    grouped = scores.unflatten(1, (groups, -1))
+    value = grouped.topk(best, dim=-1).values.sum(dim=-1)
+    closed = torch.ones_like(value, dtype=torch.bool).scatter(1, value.topk(top_groups).indices, False)
+    return grouped.masked_fill(closed.unsqueeze(-1), -torch.inf).flatten(1).topk(top_k).indices
+
+
+# %%
+scores = torch.tensor([[0.9, 0.0, 0.6, 0.5, 0.1, 0.2]])  # three groups of two
+for best in (1, 2):
+    ids = choose_in_groups(scores, top_k=2, groups=3, top_groups=1, best=best)
+    print(f"judged by the best {best}: experts {ids[0].tolist()}")
+
+# %% [markdown]
+# Judged by its single best expert the first group wins, though its second is useless; judged by two, the
+# second group does.
+#
+# What a score is differs too. Where V2 takes the softmax, V3 takes a sigmoid: each expert is scored by
+# itself, and none goes down because another goes up. With 256 experts, softmax scores would be small numbers
+# of very different size, on which a selection bias of one step for all could not act evenly. $\lambda$ scales
+# the weights, so that the experts' part of the layer is as large as the rest:
+#
+# $$p_e = \operatorname{softmax}_e(r \cdot x) \;\text{(V2)} \quad\text{or}\quad p_e = \sigma(r_e \cdot x) \;\text{(V3)},
+#   \qquad w_e = \lambda\, p_e \;\;\text{or}\;\; \lambda\, \frac{p_e}{\sum_{j \in S} p_j}.$$
+
+
+# %%
+#| export
+class GroupRouter(nn.Module):
+    """DeepSeek's router: `top_k` of `experts` from the `top_groups` best of `groups`, weights times `scale`.
+
+    With `sigmoid` (V3, arXiv 2412.19437) experts are scored by it and groups by their two best; without
+    (V2, arXiv 2405.04434) by the softmax and by their best.
+    """
+
+    def __init__(
+        self, hidden: int, experts: int, top_k: int, groups: int, top_groups: int, sigmoid: bool,
+        renormalise: bool, scale: float,
+    ):  # fmt: skip
+        super().__init__()
+        self.top_k, self.groups, self.top_groups = top_k, groups, top_groups
+        self.sigmoid, self.renormalise, self.scale = sigmoid, renormalise, scale
+        self.weight = nn.Parameter(torch.empty(experts, hidden))
+        self.register_buffer("bias", torch.zeros(experts, dtype=torch.float32))
+
+    def forward(self, tokens: Tensor) -> Routed:
+        """Route `tokens` (T, hidden). Sigmoid scores are divided by their sum to serve as `probs`."""
+        logits = F.linear(tokens.float(), self.weight.float())
+        scores = logits.sigmoid() if self.sigmoid else logits.softmax(dim=-1)
+        best = 2 if self.sigmoid else 1
+        expert_ids = choose_in_groups(scores.detach() + self.bias, self.top_k, self.groups, self.top_groups, best)
+        weights = scores.gather(1, expert_ids)
+        if self.renormalise:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + TINY)
+        probs = scores / (scores.sum(dim=-1, keepdim=True) + TINY) if self.sigmoid else scores
+        return Routed(weights * self.scale, expert_ids, probs)
+
+
+# %% [markdown]
+# With one group it is the plain router; that is how DeepSeek-V2-Lite runs.
+
+# %%
+one_group = GroupRouter(16, 8, top_k=2, groups=1, top_groups=1, sigmoid=False, renormalise=True, scale=1.0)
+one_group.weight = layer.weight
+assert all(torch.equal(a, b) for a, b in zip(one_group(tokens), layer(tokens), strict=True))
+
+# %% [markdown]
+# What the bound saves: 16 experts a group, 8 groups, 8 experts a token. Each bar counts tokens by the number
+# of groups, and so of machines, that they visit. Free choice spreads a token over five or six, the bound keeps
+# it within three.
+
+# %%
+torch.manual_seed(0)
+many, weight = torch.randn(4000, 32), torch.randn(128, 32) / 6
+fig, ax = plt.subplots(figsize=(6, 3))
+for offset, top_groups in ((-0.2, 8), (0.2, 3)):
+    router = GroupRouter(32, 128, 8, groups=8, top_groups=top_groups, sigmoid=False, renormalise=False, scale=1.0)
+    router.weight.data.copy_(weight)
+    machines = torch.zeros(4000, 8).scatter_(1, router(many).expert_ids // 16, 1).sum(dim=1).long()
+    ax.bar(torch.arange(9) + offset, machines.bincount(minlength=9) / 4000, 0.4, label=f"best {top_groups} of 8 groups")
+    print(f"best {top_groups} of 8 groups: {machines.float().mean():.2f} machines a token")
+ax.set(title="Machines that a token travels to", xlabel="groups visited", ylabel="share of tokens")
+ax.legend()
+fig
+
+# %% [markdown]
+# Next: keeping experts busy: [balance](21_balance.py).

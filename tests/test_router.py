@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pithtrain.layers.router import Router, route
+from pithtrain.layers.router import GroupRouter, Router, choose_in_groups, route
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -184,3 +184,73 @@ def test_layer_routes_saves_its_bias_and_makes_no_gradient_without_grad():
     assert routed.weights.requires_grad and routed.probs.requires_grad
     with torch.no_grad():
         assert not any(t.requires_grad for t in layer(tokens))
+
+
+def test_chosen_probabilities_that_underflow_weigh_nothing():
+    tokens, weight = torch.ones(3, 1), torch.tensor([[0.0], [-200.0], [-200.0], [0.0]])
+    bias = torch.tensor([0.0, 2.0, 2.0, 0.0])
+    for layer in (
+        Router(1, 4, 2, True),
+        GroupRouter(1, 4, 2, groups=1, top_groups=1, sigmoid=False, renormalise=True, scale=1.0),
+        GroupRouter(1, 4, 2, groups=1, top_groups=1, sigmoid=True, renormalise=True, scale=1.0),
+    ):
+        layer.weight.data.copy_(weight)
+        layer.bias.copy_(bias)
+        routed = layer(tokens)
+        assert routed.expert_ids.sort().values.tolist() == [[1, 2]] * 3
+        assert torch.equal(routed.weights, torch.zeros(3, 2))
+        (grad,) = torch.autograd.grad(routed.weights.sum() + routed.probs.square().sum(), layer.weight)
+        assert grad.isfinite().all()
+
+
+def choose_naive(row, top_k, groups, top_groups, best):
+    size = len(row) // groups
+    value = [sum(sorted(row[g * size : (g + 1) * size])[-best:]) for g in range(groups)]
+    open_groups = sorted(range(groups), key=lambda g: -value[g])[:top_groups]
+    experts = [e for e in range(len(row)) if e // size in open_groups]
+    return sorted(experts, key=lambda e: -row[e])[:top_k]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5), st.integers(2, 6), st.data())
+def test_choice_in_groups_against_a_loop(groups, size, data):
+    top_groups = data.draw(st.integers(1, groups))
+    top_k = data.draw(st.integers(1, top_groups * size))
+    best = data.draw(st.integers(1, 2))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    scores = torch.randn(7, groups * size, generator=generator, dtype=torch.float64)
+    got = choose_in_groups(scores, top_k, groups, top_groups, best)
+    assert got.tolist() == [choose_naive(row, top_k, groups, top_groups, best) for row in scores.tolist()]
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize("sigmoid", [True, False])
+def test_group_router_against_float64_with_gradients(sigmoid, renormalise):
+    tokens, weight = example()
+    layer = GroupRouter(16, 8, 3, groups=4, top_groups=2, sigmoid=sigmoid, renormalise=renormalise, scale=2.5)
+    layer.weight.data.copy_(weight)
+    layer.bias.copy_(torch.randn(8, generator=torch.Generator().manual_seed(5)) / 8)
+    routed = layer(tokens)
+    exact = weight.double().requires_grad_()
+    logits = tokens.double() @ exact.t()
+    scores = logits.sigmoid() if sigmoid else logits.softmax(dim=-1)
+    choice = (scores.detach() + layer.bias.double()).tolist()
+    ids = torch.tensor([choose_naive(row, 3, 4, 2, 2 if sigmoid else 1) for row in choice])
+    assert torch.equal(routed.expert_ids, ids)
+    assert not torch.equal(ids, torch.tensor(choice).topk(3).indices)  # the groups did forbid something
+    weights = 2.5 * scores.gather(1, ids)
+    if renormalise:
+        weights = weights / scores.gather(1, ids).sum(dim=1, keepdim=True)
+    probs = scores / scores.sum(dim=1, keepdim=True)
+    assert error(routed.weights, weights) < 1e-6 and error(routed.probs, probs) < 1e-6
+    seeds = torch.randn(20, 3), torch.randn(20, 8)
+    (got,) = torch.autograd.grad((routed.weights * seeds[0]).sum() + (routed.probs * seeds[1]).sum(), layer.weight)
+    (true,) = torch.autograd.grad((weights * seeds[0]).sum() + (probs * seeds[1]).sum(), exact)
+    assert error(got, true) < 1e-5
+    assert routed.weights.dtype == layer(tokens.bfloat16()).weights.dtype == torch.float32
+    assert set(layer.state_dict()) == {"weight", "bias"}
+
+
+def test_group_router_takes_no_tokens():
+    layer = GroupRouter(4, 8, 2, groups=2, top_groups=1, sigmoid=True, renormalise=True, scale=1.0)
+    assert layer(torch.empty(0, 4)).weights.shape == (0, 2)
