@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pithtrain.kernels.attention import TILE, AttendPieces, flash_fits, pieces
 from pithtrain.layers.linear import Linear
 from pithtrain.layers.norm import RMSNorm
 from pithtrain.layers.rotary import rotate
@@ -60,6 +61,11 @@ torch.testing.assert_close(fast, attention_reference(q, k, v))
 # What a layer computes around attention (projections, norms, rotation) does not depend on where the keys
 # are. How queries meet keys does: on one rank, or with each sequence spread over several. So a layer is
 # given its *core*, an object with the methods below, and does not ask which one it is.
+#
+# Three things may narrow or change what a query sees. *Documents* packed into one row must not see each
+# other. A *window* lets a query see its nearest keys alone. A *sink* is a learned logit in each head's
+# softmax that has no value (GPT-OSS). Latent attention has a method of its own, because what travels between
+# ranks should be the small latents, not the keys made of them.
 
 
 # %%
@@ -79,21 +85,16 @@ class AttentionCore(Protocol):
     ) -> Tensor:
         """Causal attention: q (B, heads, S, D), k (B, kv_heads, L, D), v (B, kv_heads, L, Dv) -> (B, heads, S, Dv).
 
-        With L > S the queries are the last S of the L positions (decoding with a cache).
-        documents: (N + 1,) int32, boundaries of packed documents over the B * S tokens laid row by row, the
-        boundaries of rows included. window: a query sees itself and the window - 1 keys before it.
-        sinks: (heads,) the logit of a key without a value.
+        With L > S the queries are the last S of the L positions (decoding with a cache; no documents then).
+        documents: (N + 1,) integers, best kept on the CPU: where the packed documents begin in the tokens of
+        all rows laid end to end, the start of each row included, and last the number of tokens. Where ranks
+        share each sequence, rows are whole sequences here. window: a query sees itself and the window - 1 keys
+        before it. sinks: (heads,) the logit of a key without a value.
         """
         ...
 
     def attend_latent(
-        self,
-        q: Tensor,
-        latent: Tensor,
-        key_rope: Tensor,
-        expand: Tensor,
-        scale: float,
-        documents: Tensor | None = None,
+        self, q: Tensor, latent: Tensor, key_rope: Tensor, expand: Tensor, scale: float, documents: Tensor | None = None
     ) -> Tensor:
         """Multi-head latent attention: q (B, heads, S, Dn + Dr), latent (B, L, R), key_rope (B, L, Dr).
 
@@ -111,6 +112,28 @@ class AttentionCore(Protocol):
         ...
 
 
+# %% [markdown]
+# Latents are expanded by one matrix product; the rotated part of the key is the same for all heads.
+
+
+# %%
+#| export
+def expand_latent(latent: Tensor, key_rope: Tensor, expand: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Keys (B, heads, L, head_dim) and values (B, heads, L, Dv) of latents; see `AttentionCore.attend_latent`."""
+    heads, unrotated = expand.shape[0], head_dim - key_rope.shape[-1]
+    both = F.linear(latent, expand.flatten(0, 1).to(latent.dtype)).unflatten(-1, (heads, -1)).transpose(1, 2)
+    shared = key_rope.unsqueeze(1).expand(-1, heads, -1, -1)
+    return torch.cat([both[..., :unrotated], shared], dim=-1), both[..., unrotated:]
+
+
+# %% [markdown]
+# ## On one rank
+#
+# Plain causal attention goes to torch, which picks its fastest kernel. The rest is computed
+# [in pieces](15_attention_pieces.py): rectangles of the score matrix that skip what no query sees, never a
+# mask of the matrix's size.
+
+
 # %%
 #| export
 class OneRank:
@@ -126,52 +149,57 @@ class OneRank:
         window: int | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        (batch, _, queries, _), keys = q.shape, k.shape[2]
+        """See `AttentionCore`. Raises ValueError for documents beside a cache."""
+        rows, queries, keys = q.shape[0], q.shape[2], k.shape[2]
         if documents is None and window is None and sinks is None and queries in (1, keys):
             return F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, scale=scale, enable_gqa=True)
-        position = torch.arange(keys, device=q.device)
-        distance = position[keys - queries :, None] - position
-        seen = (distance >= 0) & (distance < (window or keys))
-        if documents is not None:
-            tokens = torch.arange(batch * keys, device=q.device)
-            document = torch.bucketize(tokens, documents.to(q.device), right=True).view(batch, 1, keys)
-            seen = seen & (document[..., keys - queries :, None] == document.unsqueeze(-2))
-        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-        scores = ((q @ k.transpose(-1, -2)).float() * scale).masked_fill(~seen, -torch.inf)
-        if sinks is not None:
-            sink = sinks.float().view(1, -1, 1, 1).expand(batch, -1, queries, 1)
-            scores = torch.cat([scores, sink], dim=-1)
-        return scores.softmax(dim=-1)[..., :keys].to(v.dtype) @ v
+        if documents is not None and queries != keys:
+            raise ValueError(f"documents: {queries} queries meet {keys} keys; packed documents have no cache")
+        bounds = None if documents is None else documents.tolist()
+        tile = None if flash_fits(q, v) else TILE
+        cut = pieces([range(keys - queries, keys)], [range(keys)], rows, keys, window, bounds, tile)
+        return AttendPieces.apply(q, k, v, sinks, scale, cut)
 
     def attend_latent(
-        self,
-        q: Tensor,
-        latent: Tensor,
-        key_rope: Tensor,
-        expand: Tensor,
-        scale: float,
-        documents: Tensor | None = None,
+        self, q: Tensor, latent: Tensor, key_rope: Tensor, expand: Tensor, scale: float, documents: Tensor | None = None
     ) -> Tensor:
-        k, v = expand_latent(latent, key_rope, expand, q.shape[-1])
-        return self.attend(q, k, v, scale, documents)
+        """See `AttentionCore`."""
+        return self.attend(q, *expand_latent(latent, key_rope, expand, q.shape[-1]), scale, documents)
 
     def whole_sequence(self, x: Tensor) -> Tensor:
+        """Nothing to do: every rank holds whole sequences."""
         return x
 
     def own_sequence(self, x: Tensor) -> Tensor:
+        """Nothing to do."""
         return x
 
 
-# %%
-#| export
-def expand_latent(latent: Tensor, key_rope: Tensor, expand: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Keys (B, heads, L, head_dim) and values (B, heads, L, Dv) of latents; see `AttentionCore.attend_latent`."""
-    heads = expand.shape[0]
-    both = F.linear(latent, expand.flatten(0, 1).to(latent.dtype)).unflatten(-1, (heads, -1)).transpose(1, 2)
-    unrotated = head_dim - key_rope.shape[-1]
-    shared = key_rope.unsqueeze(1).expand(-1, heads, -1, -1)
-    return torch.cat([both[..., :unrotated], shared], dim=-1), both[..., unrotated:]
+# %% [markdown]
+# Every combination of these against the matrix written out, in a batch of two rows of 24 tokens. The last
+# column counts the scores that a query may see: what the window and the documents save.
 
+# %%
+batch, length = 2, 24
+q, k, v = torch.randn(batch, 8, length, 16), torch.randn(batch, 2, length, 16), torch.randn(batch, 2, length, 12)
+boundaries, position = torch.tensor([0, 9, 24, 31, 48], dtype=torch.int32), torch.arange(length)
+document = torch.bucketize(torch.arange(batch * length), boundaries, right=True).view(batch, 1, length)
+distance = position[:, None] - position
+print("window documents sinks   error   scores seen")
+for window in (None, 5):
+    for documents in (None, boundaries):
+        for sinks in (None, torch.randn(8)):
+            seen = (distance >= 0) & (distance < (window or length)) & torch.ones(batch, 1, 1, 1, dtype=torch.bool)
+            if documents is not None:
+                seen = seen & (document[..., :, None] == document[..., None, :])
+            scores = (q @ k.repeat_interleave(4, dim=1).mT / 4).masked_fill(~seen, -torch.inf)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks.view(1, 8, 1, 1).expand(batch, -1, length, 1)], dim=-1)
+            true = scores.softmax(dim=-1)[..., :length] @ v.repeat_interleave(4, dim=1)
+            error = (OneRank().attend(q, k, v, 0.25, documents, window, sinks) - true).norm() / true.norm()
+            given = ["-" if x is None else "yes" for x in (documents, sinks)]
+            print(f"{window or '-':>6} {given[0]:>9} {given[1]:>5} {error:.1e} {int(seen.sum()):>9}")
+            assert error < 1e-6
 
 # %% [markdown]
 # What every layer of a model needs to know about the tokens at hand travels as one value; what a layer
@@ -187,7 +215,7 @@ class Sequences(NamedTuple):
     """(S, R / 2) or (B, S, R / 2) fp32: the rotary table of the tokens' positions."""
     sin: Tensor
     documents: Tensor | None = None
-    """See `AttentionCore.attend`."""
+    """Where packed documents begin: see `AttentionCore.attend`."""
 
 
 # %%

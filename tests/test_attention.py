@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pithtrain.layers.attention import Attention, Sequences
+from pithtrain.layers.attention import Attention, Cache, OneRank, Sequences
 from pithtrain.layers.rotary import rotary_table
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -125,3 +125,62 @@ def test_non_contiguous_input_and_no_grad():
     torch.testing.assert_close(layer(x, Sequences(*table)), layer(x.contiguous(), Sequences(*table)))
     with torch.no_grad():
         assert not layer(x, Sequences(*table)).requires_grad
+
+
+def test_decoding_with_a_cache_equals_the_whole():
+    layer = make(16, 4, 2, 4)
+    cos, sin = rotary_table(torch.arange(9), 4, 10_000.0)
+    x = torch.randn(2, 9, 16)
+    whole, cache, seen = layer(x, Sequences(cos, sin)), Cache(), 0
+    for step in (4, 1, 1, 3):
+        now = slice(seen, seen + step)
+        part = layer(x[:, now], Sequences(cos[now], sin[now]), cache)
+        assert error(part, whole[:, now]) < 1e-5
+        seen += step
+    assert cache.kept[0].shape == (2, 2, 9, 4)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_decoding_through_a_window_with_sinks(queries):
+    torch.manual_seed(0)
+    q, k, v, sinks = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(4)
+    whole = OneRank().attend(q, k, v, 0.3, window=5, sinks=sinks)
+    part = OneRank().attend(q[:, :, -queries:], k, v, 0.3, window=5, sinks=sinks)
+    assert error(part, whole[:, :, -queries:]) < 1e-5
+
+
+def test_documents_are_as_if_alone():
+    layer = make(16, 4, 2, 4)
+    cos, sin = rotary_table(torch.tensor([0, 1, 2, 3, 0, 1, 2]), 4, 10_000.0)
+    x = torch.randn(1, 7, 16, requires_grad=True)
+    packed = layer(x, Sequences(cos, sin, torch.tensor([0, 4, 7], dtype=torch.int32)))
+    alone = [layer(x[:, a:b], Sequences(cos[a:b], sin[a:b])) for a, b in ((0, 4), (4, 7))]
+    assert error(packed, torch.cat(alone, dim=1)) < 1e-5
+    (grad,) = torch.autograd.grad(packed[0, 4:].sum(), x)
+    assert not grad[0, :4].any() and grad[0, 4:].any()
+
+
+def test_documents_with_a_cache_are_refused():
+    q, k = torch.randn(1, 2, 1, 4), torch.randn(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="packed documents have no cache"):
+        OneRank().attend(q, k, k, 0.5, documents=torch.tensor([0, 1]))
+
+
+def test_latents_are_keys_and_values_in_the_making():
+    """Loops over heads and positions in float64; head dims of keys (3 + 2) and values (4) differ."""
+    torch.manual_seed(0)
+    shapes = dict(q=(2, 3, 6, 5), latent=(2, 6, 7), key_rope=(2, 6, 2), expand=(3, 7, 7))
+    inputs = {n: torch.randn(s, dtype=torch.float64, requires_grad=True) for n, s in shapes.items()}
+    got = OneRank().attend_latent(**inputs, scale=0.4)
+    true = torch.zeros_like(got)
+    for b in range(2):
+        for h in range(3):
+            for t in range(6):
+                both = [inputs["expand"][h] @ inputs["latent"][b, s] for s in range(t + 1)]
+                keys = [torch.cat([both[s][:3], inputs["key_rope"][b, s]]) for s in range(t + 1)]
+                weights = torch.stack([inputs["q"][b, h, t] @ key * 0.4 for key in keys]).softmax(dim=0)
+                true[b, h, t] = weights @ torch.stack([x[3:] for x in both])
+    assert error(got, true) < 1e-12
+    upstream = torch.randn_like(got)
+    for a, b in zip(*(torch.autograd.grad(o, inputs.values(), upstream) for o in (got, true)), strict=True):
+        assert error(a, b) < 1e-12

@@ -1,0 +1,466 @@
+# %% [markdown]
+# # Attention in pieces
+#
+# > Softmax attention over a part of the keys, forward and backward, such that the parts add up to the whole.
+#
+# A softmax needs all of its scores, so attention seems to need all keys in one place. It does not: the
+# result over two sets of keys follows from the two results, if each remembers the logarithm of its
+# denominator. Everything here rests on that. Packed documents and sliding windows become rectangles of the
+# score matrix that are computed, and others that are skipped. An attention sink becomes one more set, of a
+# single key. And when the keys of a sequence live on several ranks, [the ring](42_ring_attention.py)
+# computes each rank's part as it arrives.
+
+# %%
+#| default_exp kernels.attention
+
+# %%
+#| export
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# %%
+#| export
+TILE = 128
+"""Queries in a piece of the plain mathematics: bounds its memory, and what it computes beyond a query's band."""
+
+# %% [markdown]
+# ## The maths
+#
+# Over a set $A$ of keys a query with scores $s_j = \text{scale} \cdot q \cdot k_j$ gets
+#
+# $$o_A = \sum_{j \in A} e^{s_j - \ell_A}\, v_j, \qquad \ell_A = \log \sum_{j \in A} e^{s_j}.$$
+#
+# $\ell$ is the *log-sum-exp*, `lse` in the code. For disjoint sets $A$ and $B$ the whole is
+#
+# $$\ell = \log\left(e^{\ell_A} + e^{\ell_B}\right), \qquad
+#   o = e^{\ell_A - \ell}\, o_A + e^{\ell_B - \ell}\, o_B.$$
+#
+# This is the online softmax of FlashAttention (arXiv 2205.14135), used there between blocks of one chip's
+# fast memory. All exponents are differences to a larger logarithm: nothing overflows.
+#
+# The gradient is even simpler, because the *final* $o$ and $\ell$ are known by then. With the upstream
+# gradient $g$ and $p_j = e^{s_j - \ell}$, key $j$'s true share of the whole softmax,
+#
+# $$\partial v_j = p_j\, g, \qquad \partial s_j = p_j \left( g \cdot v_j - g \cdot o \right),$$
+#
+# where no sum over other keys is left. Each part is differentiated alone, and nothing has to be merged.
+#
+# The smallest true implementation, on two halves of 6 keys:
+
+# %%
+torch.manual_seed(0)
+q, k, v = torch.randn(3, 4), torch.randn(6, 4), torch.randn(6, 2)
+
+
+def attend_some(keys):
+    scores = q @ k[keys].T
+    lse = scores.logsumexp(dim=-1, keepdim=True)
+    return (scores - lse).exp() @ v[keys], lse
+
+
+(out_a, lse_a), (out_b, lse_b) = attend_some(slice(0, 3)), attend_some(slice(3, 6))
+lse = torch.logaddexp(lse_a, lse_b)
+merged = (lse_a - lse).exp() * out_a + (lse_b - lse).exp() * out_b
+print("shares of the first half in each query:", [round(s, 3) for s in (lse_a - lse).exp().flatten().tolist()])
+torch.testing.assert_close(merged, (q @ k.T).softmax(dim=-1) @ v)
+
+# %% [markdown]
+# ## Cutting the score matrix
+#
+# Which keys a query sees depends on three things: the past (no key behind the query), the document (no key
+# before its start) and the window (the query and the `window - 1` keys before it). All three are ranges of
+# positions, so what remains of a run of queries against a run of keys is one rectangle, perhaps with a
+# diagonal cut through two of its corners: the band that FlashAttention's kernels can walk. A `Piece` is
+# such a rectangle, trimmed until every query in it sees a key (a softmax over nothing has no value).
+
+
+# %%
+#| export
+class Piece(NamedTuple):
+    """A rectangle of queries (of S) against keys (of L), in which each query sees at least one key.
+
+    Query i sees the keys from i + L - S - left to i + L - S + right; -1 sets no limit on that side.
+    """
+
+    rows: slice
+    """Of the batch."""
+    queries: slice
+    """Of the queries at hand, as `keys` is of the keys at hand."""
+    keys: slice
+    left: int
+    right: int
+    cuts: Tensor | None = None
+    """(N + 1,) int32 on the CPU: the piece is N documents, between these tokens of its rows laid end to end."""
+
+
+# %% [markdown]
+# A rank's tokens are *runs* of positions: one run where it holds whole sequences, two in a ring. Documents
+# come as boundaries over all rows laid end to end, as the data loader packs them.
+#
+# Two details serve speed. The plain mathematics below forms a piece's scores: it gets queries in tiles of
+# `TILE`, so that the scores stay small and no tile meets keys beyond its band. FlashAttention's kernels need
+# no tiles, and take any number of documents in one call: where a run meets itself, they are one piece with
+# `cuts`.
+
+
+# %%
+#| export
+def pieces(
+    queries: list[range],
+    keys: list[range],
+    rows: int,
+    length: int,
+    window: int | None = None,
+    documents: Sequence[int] | None = None,
+    tile: int | None = None,
+) -> list[Piece]:
+    """What queries at some positions see of keys at others, in `rows` sequences of `length` tokens.
+
+    `documents` are boundaries 0, ..., rows * length. With `tile`, no piece has more queries than that;
+    without, the documents in which a run meets itself are one piece. Raises ValueError for wrong boundaries.
+    """
+    if documents is not None and (documents[0] != 0 or documents[-1] != rows * length):
+        ends = f"{documents[0]} to {documents[-1]}"
+        raise ValueError(f"documents: boundaries go from {ends}, not from 0 to {rows} x {length} tokens")
+    window, found = window or length, []
+    runs = [
+        (run[start : start + (tile or length)], at + start)
+        for run, at in zip(queries, offsets(queries), strict=True)
+        for start in range(0, len(run), tile or length)
+    ]
+    for run, at in runs:
+        for key_run, key_at in zip(keys, offsets(keys), strict=True):
+            cut, starts = [], []
+            for row, document in documents_from(run.start, min(run.stop, key_run.stop), rows, length, documents):
+                q0 = max(run.start, key_run.start, document.start)
+                k0 = max(key_run.start, document.start, q0 - window + 1)
+                k1 = min(run.stop, key_run.stop, document.stop)
+                q1 = min(run.stop, document.stop, k1 + window - 1)
+                if q0 < q1 and k0 < k1:
+                    right, left = q1 - k1, window - 1 - (q1 - k1)
+                    of_queries = slice(at + q0 - run.start, at + q1 - run.start)
+                    of_keys = slice(key_at + k0 - key_run.start, key_at + k1 - key_run.start)
+                    left, right = left if left < k1 - k0 - 1 else -1, right if right < q1 - q0 - 1 else -1
+                    cut.append(Piece(row, of_queries, of_keys, left, right))
+                    starts.append((row.start or 0) * len(run) + q0 - run.start)
+            if len(cut) > 1 and run == key_run and not tile:
+                cuts = torch.tensor([*starts, rows * len(run)], dtype=torch.int32)
+                of_queries, of_keys = slice(at, at + len(run)), slice(key_at, key_at + len(run))
+                cut = [Piece(slice(None), of_queries, of_keys, window - 1 if window < length else -1, 0, cuts)]
+            found += cut
+    return found
+
+
+# %%
+#| export
+def offsets(runs: list[range]) -> list[int]:
+    """Where each run begins in a tensor that holds them one after the other."""
+    return [sum(map(len, runs[:i])) for i in range(len(runs))]
+
+
+# %%
+#| export
+def documents_from(
+    start: int, stop: int, rows: int, length: int, documents: Sequence[int] | None
+) -> Iterator[tuple[slice, range]]:
+    """Each row's documents from the one that holds position `start` to the last that begins before `stop`."""
+    if documents is None:
+        yield slice(None), range(length)
+        return
+    for row in range(rows):
+        at = bisect_right(documents, row * length + start) - 1
+        while documents[at] < row * length + stop:
+            yield slice(row, row + 1), range(documents[at] - row * length, documents[at + 1] - row * length)
+            at += 1
+
+
+# %% [markdown]
+# The same 24 tokens three times: causal, with a window of 7, and with three documents. What is dark is
+# computed; the outlines are the pieces (in tiles of 6 queries). Outside of them nothing is computed at all, and
+# inside little is wasted.
+
+# %%
+import matplotlib.pyplot as plt
+
+cases = {"causal": {}, "window of 7": {"window": 7}, "documents of 5, 10, 9": {"documents": [0, 5, 15, 24]}}
+fig, axes = plt.subplots(1, 3, figsize=(9, 3.2), sharey=True)
+for ax, (name, case) in zip(axes, cases.items(), strict=True):
+    seen, computed = torch.zeros(24, 24), 0
+    for piece in pieces([range(24)], [range(24)], 1, 24, tile=6, **case):
+        rows, columns = torch.arange(24)[piece.queries], torch.arange(24)[piece.keys]
+        ahead = columns - piece.keys.stop - (rows - piece.queries.stop).unsqueeze(1)
+        sees = (ahead <= (piece.right if piece.right >= 0 else 24)) & (
+            -ahead <= (piece.left if piece.left >= 0 else 24)
+        )
+        assert sees.any(dim=1).all()
+        seen[piece.queries, piece.keys] += sees
+        computed += sees.numel()
+        corner = piece.keys.start - 0.5, piece.queries.start - 0.5
+        ax.add_patch(plt.Rectangle(corner, len(columns), len(rows), fill=False, edgecolor="C3"))
+    ax.imshow(seen, cmap="Greys", vmin=0, vmax=1.4)
+    ax.set(title=f"{name}\n{int(seen.sum())} scores seen, {computed} computed", xlabel="key position")
+axes[0].set_ylabel("query position")
+fig.tight_layout()
+fig
+
+# %% [markdown]
+# ## One piece, forward and backward
+#
+# The plain mathematics, for any device and dtype. Grouped queries need no copies of their key: the heads of
+# a group are laid end to end as more queries of one head, and the matrix product does the rest, including
+# the sum over the group in the gradients of keys and values. It computes in fp32 at least.
+
+
+# %%
+#| export
+def grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """(B, heads, S, D) to (B, kv_heads, group * S, D), at least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).reshape(x.shape[0], kv_heads, -1, x.shape[-1])
+
+
+# %%
+#| export
+def piece_scores(q: Tensor, k: Tensor, scale: float, piece: Piece) -> Tensor:
+    """(B, kv_heads, group * S, L) scores of a piece's own queries and keys, -inf where a query must not see."""
+    queries, keys = q.shape[2], k.shape[2]
+    scores = (grouped(q, k.shape[1]) @ grouped(k, k.shape[1]).mT).mul_(scale)
+    if piece.left < 0 and piece.right < 0:
+        return scores
+    i, j = torch.arange(queries, device=q.device).unsqueeze(1), torch.arange(keys, device=q.device)
+    ahead = (j - keys) - (i - queries)
+    hidden = ahead > (piece.right if piece.right >= 0 else keys)
+    if piece.left >= 0:
+        hidden |= ahead < -piece.left
+    return scores.masked_fill_(hidden.repeat(q.shape[1] // k.shape[1], 1), -torch.inf)
+
+
+# %% [markdown]
+# On a GPU, in bf16 or fp16, FlashAttention-2 (arXiv 2307.08691) as torch ships it does the same without ever
+# storing scores. Its entry points below `scaled_dot_product_attention` take what a piece consists of (the
+# band, and documents as cumulative lengths) and return the log-sum-exp. Values narrower than keys, as in
+# latent attention, are padded with zeros.
+
+
+# %%
+#| export
+def flash_fits(q: Tensor, v: Tensor) -> bool:
+    """Whether FlashAttention's kernels take these queries and values."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return q.is_cuda and half and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0 and v.shape[-1] <= q.shape[-1]
+
+
+# %%
+#| export
+def flash_layout(piece: Piece, features: int, *tensors: Tensor) -> list[Tensor]:
+    """(B, heads, tokens, D) to (B, tokens, heads, features), or (tokens of all rows, ...) if there are cuts."""
+    laid = [F.pad(t, (0, features - t.shape[-1])).transpose(1, 2) for t in tensors]
+    return laid if piece.cuts is None else [t.flatten(0, 1) for t in laid]
+
+
+# %%
+#| export
+def flash_arguments(q: Tensor, k: Tensor, piece: Piece) -> tuple[tuple, dict[str, int]]:
+    """What both directions tell the kernels of a piece: cuts, lengths, no dropout, causal; the window."""
+    causal = piece.left < 0 and piece.right == 0
+    window = {"window_size_left": piece.left, "window_size_right": piece.right}
+    if piece.cuts is None:
+        return (None, None, q.shape[2], k.shape[2], 0.0, causal), window
+    cuts, longest = piece.cuts.to(q.device, non_blocking=True), int(piece.cuts.diff().max())
+    return (cuts, cuts, longest, longest, 0.0, causal), window
+
+
+# %%
+#| export
+def attend_piece(q: Tensor, k: Tensor, v: Tensor, scale: float, piece: Piece) -> tuple[Tensor, Tensor]:
+    """Attention within a piece of q (B, heads, S, D), k (B, kv_heads, L, D), v (B, kv_heads, L, Dv).
+
+    Returns the output (rows, heads, queries, Dv) and its log-sum-exp (rows, heads, queries), at least fp32.
+    """
+    q, k, v = q[piece.rows, :, piece.queries], k[piece.rows, :, piece.keys], v[piece.rows, :, piece.keys]
+    (batch, heads, queries, features), (kv_heads, wide) = q.shape, v.shape[1::2]
+    if flash_fits(q, v):
+        arguments, band = flash_arguments(q, k, piece)
+        laid = flash_layout(piece, features, q, k, v)
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(*laid, *arguments, False, scale=scale, **band)
+        if piece.cuts is not None:
+            out, lse = out.unflatten(0, (batch, queries)), lse.view(heads, batch, queries).transpose(0, 1)
+        return out[..., :wide].transpose(1, 2), lse
+    scores = piece_scores(q, k, scale, piece)
+    top = scores.amax(dim=-1, keepdim=True)
+    shares = scores.sub_(top).exp_()
+    total = shares.sum(dim=-1, keepdim=True)
+    out = (shares @ grouped(v, kv_heads)) / total
+    return out.view(batch, heads, queries, wide), (top + total.log()).view(batch, heads, queries)
+
+
+# %%
+#| export
+def piece_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, piece: Piece
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a piece's queries, keys and values, from the *final* `out` and `lse` of all queries."""
+    grad, q, out, lse = (t[piece.rows, :, piece.queries] for t in (grad, q, out, lse))
+    k, v = k[piece.rows, :, piece.keys], v[piece.rows, :, piece.keys]
+    (batch, heads, queries, features), (kv_heads, wide) = q.shape, v.shape[1::2]
+    if flash_fits(q, v):
+        arguments, band = flash_arguments(q, k, piece)
+        laid = flash_layout(piece, features, grad, q, k, v, out)
+        lse = lse.contiguous() if piece.cuts is None else lse.transpose(0, 1).reshape(heads, -1)
+        unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+        found = torch.ops.aten._flash_attention_backward(*laid, lse, *arguments, *unused, scale=scale, **band)
+        if piece.cuts is not None:
+            found = [t.unflatten(0, (batch, -1)) for t in found]
+        dq, dk, dv = (t.transpose(1, 2) for t in found)
+        return dq, dk, dv[..., :wide]
+    shares = (piece_scores(q, k, scale, piece) - grouped(lse.unsqueeze(-1), kv_heads)).exp_()
+    grad, out, q, k, v = (grouped(t, kv_heads) for t in (grad, out, q, k, v))
+    dv = shares.mT @ grad
+    dscores = shares.mul_((grad @ v.mT).sub_((grad * out).sum(dim=-1, keepdim=True))).mul_(scale)
+    return (dscores @ k).view(batch, heads, queries, features), dscores.mT @ q, dv
+
+
+# %% [markdown]
+# ## Merging
+#
+# Where a query meets its keys in several pieces, their results are merged as they come, into the running
+# `out` and `lse` of the queries. A query that has met nothing yet has $\ell = -\infty$.
+
+
+# %%
+#| export
+def merge(out: Tensor, lse: Tensor, piece: Piece, piece_out: Tensor, piece_lse: Tensor) -> None:
+    """Add a piece's result to the running `out` (B, heads, S, Dv) and `lse` (B, heads, S), in place."""
+    out, lse = out[piece.rows, :, piece.queries], lse[piece.rows, :, piece.queries]
+    total = torch.logaddexp(lse, piece_lse)
+    out.mul_((lse - total).exp_().unsqueeze(-1)).add_(piece_out * (piece_lse - total).exp_().unsqueeze(-1))
+    lse.copy_(total)
+
+
+# %% [markdown]
+# The keys of one sequence in two runs that arrive one after the other, as in a ring, with a window and two
+# documents across them; against the matrix written out:
+
+
+# %%
+q, k, v = torch.randn(1, 4, 12, 8), torch.randn(1, 2, 12, 8), torch.randn(1, 2, 12, 6)
+out, lse = torch.zeros(1, 4, 12, 6), torch.full((1, 4, 12), -torch.inf)
+for run in (range(0, 6), range(6, 12)):
+    here = slice(run.start, run.stop)
+    for piece in pieces([range(12)], [run], 1, 12, window=4, documents=[0, 5, 12], tile=64):
+        merge(out, lse, piece, *attend_piece(q, k[:, :, here], v[:, :, here], 0.3, piece))
+position = torch.arange(12)
+distance, document = position[:, None] - position, (position >= 5).long()
+seen = (distance >= 0) & (distance < 4) & (document[:, None] == document)
+scores = (q @ k.repeat_interleave(2, dim=1).mT * 0.3).masked_fill(~seen, -torch.inf)
+torch.testing.assert_close(out, scores.softmax(dim=-1) @ v.repeat_interleave(2, dim=1))
+
+# %% [markdown]
+# ## Sinks
+#
+# A softmax must put its weight somewhere, also when no key is of interest; trained models then load it on
+# the first token (arXiv 2309.17453). GPT-OSS gives each head a *sink*: a learned logit $\sigma$ that takes
+# part in the softmax and has no value. To us it is one more set of keys, with $o = 0$ and
+# $\ell = \sigma$: merging it only scales the output. In the backward pass its gradient is that of any score,
+# $\partial \sigma = -\sum_t p_\sigma \, (g_t \cdot o_t)$, and the pieces need no change, since they are
+# differentiated with the final $o$ and $\ell$.
+
+
+# %%
+#| export
+def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+    """Let each head's sink (heads,) join the softmax: scales `out`, raises `lse`, in place."""
+    total = torch.logaddexp(lse, sinks.to(lse.dtype).unsqueeze(-1))
+    out.mul_((lse - total).exp_().unsqueeze(-1))
+    lse.copy_(total)
+
+
+# %%
+#| export
+def sink_gradients(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """(heads,) from the upstream gradient and the final `out` and `lse`."""
+    share = (sinks.to(lse.dtype).unsqueeze(-1) - lse).exp_()
+    return -(share * (grad.to(lse.dtype) * out).sum(dim=-1)).sum(dim=(0, 2)).to(sinks.dtype)
+
+
+# %% [markdown]
+# ## With gradients
+#
+# On one rank all keys are at hand: every query meets its keys in exactly one piece, and the results are put
+# side by side. FlashAttention's kernels compute a single piece that covers all.
+
+
+# %%
+#| export
+class AttendPieces(torch.autograd.Function):
+    """Attention in pieces that share no query: (q, k, v, sinks or None, scale, pieces) -> out, as `attend_piece`."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, cut: list[Piece]) -> Tensor:
+        if len(cut) == 1:
+            out, lse = attend_piece(q, k, v, scale, cut[0])
+            out = out.to(q.dtype)
+        else:
+            out = q.new_empty(*q.shape[:3], v.shape[-1])
+            lse = out.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+            for piece in cut:
+                at = piece.rows, slice(None), piece.queries
+                out[at], lse[at] = attend_piece(q, k, v, scale, piece)
+        if sinks is not None:
+            add_sinks(out, lse, sinks)
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        ctx.scale, ctx.cut = scale, cut
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        q, k, v, sinks, out, lse = ctx.saved_tensors
+        dq = torch.empty_like(q)
+        dk, dv = (torch.zeros_like(t, dtype=lse.dtype) for t in (k, v))
+        for piece in ctx.cut:
+            dq[piece.rows, :, piece.queries], *rest = piece_gradients(grad, q, k, v, out, lse, ctx.scale, piece)
+            for total, part in zip((dk, dv), rest, strict=True):
+                total[piece.rows, :, piece.keys] += part
+        dsinks = None if sinks is None else sink_gradients(grad, out, lse, sinks)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks, None, None
+
+
+# %% [markdown]
+# A numerical derivative, in float64, agrees with every gradient: of a batch of two rows, with grouped heads,
+# values narrower than keys, sinks, a window, documents, and tiles.
+
+# %%
+q, k, v, sinks = (
+    torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    for shape in ((2, 4, 7, 3), (2, 2, 7, 3), (2, 2, 7, 2), 4)
+)
+cut = pieces([range(7)], [range(7)], 2, 7, window=4, documents=[0, 5, 7, 14], tile=3)
+print(len(cut), "pieces")
+assert torch.autograd.gradcheck(lambda *x: AttendPieces.apply(*x, 0.5, cut), (q, k, v, sinks))
+
+# %% [markdown]
+# What a sink does to a head whose scores are all low: without one, the weights of a query sum to 1 whatever
+# the scores; with one, a head can stay silent, and the lower its scores, the quieter it is.
+
+# %%
+levels = torch.linspace(-6, 6, 49)
+q, ones = torch.ones(1, 49, 8, 1), torch.ones(1, 49, 8, 1)
+weight = AttendPieces.apply(
+    q, levels.view(1, -1, 1, 1) * ones, ones, torch.zeros(49), 1.0, pieces([range(8)], [range(8)], 1, 8)
+)
+fig, ax = plt.subplots(figsize=(5.5, 3))
+for seen in (1, 2, 8):
+    ax.plot(levels, weight[0, :, seen - 1, 0], label=f"{seen} keys")
+ax.axhline(1, color="0.6", linestyle=":", label="without a sink")
+ax.set(title="Weight left for keys beside a sink of logit 0", xlabel="score of each key", ylabel="sum of weights")
+ax.legend(fontsize=8)
+fig
+
+# %% [markdown]
+# Next: the [attention layer](26_attention.py), which chooses between this and torch's own attention, and the
+# [ring](42_ring_attention.py), which uses it for keys that live elsewhere.

@@ -1,0 +1,148 @@
+"""Pieces cover exactly what a query may see; their results and gradients against the matrix written out."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pithtrain.kernels.attention import AttendPieces, attend_piece, flash_fits, merge, pieces
+
+
+def visible(rows, length, window, documents):
+    """(rows, length, length) bool, from the definition."""
+    position = torch.arange(length)
+    distance = position[:, None] - position
+    seen = ((distance >= 0) & (distance < (window or length))).expand(rows, -1, -1)
+    if documents is None:
+        return seen
+    document = torch.bucketize(torch.arange(rows * length), torch.tensor(documents), right=True).view(rows, length)
+    return seen & (document[:, :, None] == document[:, None, :])
+
+
+def seen_by(piece, rows, queries, keys):
+    """How often each query at hand sees each key at hand, by the meaning of `Piece`."""
+    count = torch.zeros(rows, queries, keys, dtype=torch.int)
+    rectangle = count[piece.rows, piece.queries, piece.keys]
+    batch, s, n = rectangle.shape
+    if piece.cuts is None:
+        ahead = torch.arange(n) - (torch.arange(s)[:, None] + n - s)
+        sees = ((piece.right < 0) | (ahead <= piece.right)) & ((piece.left < 0) | (-ahead <= piece.left))
+        rectangle += sees
+        assert sees.any(dim=1).all()
+    else:
+        assert s == n and piece.right == 0
+        rectangle += visible(batch, s, piece.left + 1 if piece.left >= 0 else None, piece.cuts.tolist())
+    return count
+
+
+@st.composite
+def geometries(draw):
+    rows, length = draw(st.integers(1, 2)), draw(st.integers(1, 16))
+    window = draw(st.none() | st.integers(1, length + 2))
+    cuts = draw(st.none() | st.sets(st.integers(0, rows * length)))
+    documents = None if cuts is None else sorted(cuts | set(range(0, rows * length + 1, length)))
+
+    def runs():
+        edges = sorted({0, length} | draw(st.sets(st.integers(0, length), max_size=4)))
+        return draw(st.permutations([range(a, b) for a, b in pairwise(edges)]))
+
+    queries = runs()
+    keys = queries if draw(st.booleans()) else runs()
+    return rows, length, window, documents, queries, keys, draw(st.none() | st.integers(1, 20))
+
+
+@settings(max_examples=300, deadline=None)
+@given(geometries())
+def test_pieces_cover_what_is_seen_once(geometry):
+    rows, length, window, documents, queries, keys, tile = geometry
+    found = pieces(queries, keys, rows, length, window, documents, tile)
+    count = sum((seen_by(p, rows, length, length) for p in found), torch.zeros(rows, length, length, dtype=torch.int))
+    order = [torch.tensor([p for run in runs for p in run]) for runs in (queries, keys)]
+    true = visible(rows, length, window, documents)[:, order[0][:, None], order[1]]
+    assert torch.equal(count, true.int())
+
+
+def test_what_is_out_of_sight_costs_nothing():
+    assert pieces([range(4)], [range(4, 8)], 1, 8) == []  # the future
+    assert pieces([range(8, 12)], [range(0, 4)], 1, 12, window=5) == []
+    assert len(pieces([range(8, 12)], [range(0, 4)], 1, 12, window=6)) == 1
+    assert pieces([range(4, 8)], [range(4)], 1, 8, documents=[0, 4, 8]) == []
+    (piece,) = pieces([range(1000)], [range(1000)], 2, 1000, documents=[0, 10, 1000, 1500, 2000])
+    assert piece.cuts.tolist() == [0, 10, 1000, 1500, 2000]
+
+
+@pytest.mark.parametrize("documents", [[1, 8], [0, 9], [0, 7]])
+def test_wrong_boundaries_are_refused(documents):
+    with pytest.raises(ValueError, match=r"documents: boundaries go from . to ., not from 0 to 2 x 4 tokens"):
+        pieces([range(4)], [range(4)], 2, 4, documents=documents)
+
+
+def reference(q, k, v, scale, seen, sinks):
+    group = q.shape[1] // k.shape[1]
+    scores = (q @ k.repeat_interleave(group, dim=1).mT * scale).masked_fill(~seen.unsqueeze(1), -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    return scores.softmax(dim=-1)[..., : k.shape[2]] @ v.repeat_interleave(group, dim=1)
+
+
+def error(a, b):
+    assert a.isfinite().all()
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+CASES = [
+    dict(window=window, documents=documents, sinks=sinks)
+    for window in (None, 1, 9, 40)
+    for documents in (None, [0, 17, 33, 34, 66])
+    for sinks in (False, True)
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(f"{k}:{bool(v) and v}" for k, v in case.items()))
+@pytest.mark.parametrize(
+    "device, dtype",
+    [("cpu", torch.float32), ("cpu", torch.bfloat16), pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu)],
+)
+@pytest.mark.parametrize("kv_heads, wide", [(6, 16), (2, 8), (1, 16)])
+def test_values_and_gradients(case, device, dtype, kv_heads, wide):
+    torch.manual_seed(0)
+    shapes = (2, 6, 33, 16), (2, kv_heads, 33, 16), (2, kv_heads, 33, wide), (6,)
+    inputs = [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes]
+    if not case["sinks"]:
+        inputs[3] = None
+    tile = None if flash_fits(inputs[0], inputs[2]) else 10
+    assert (tile is None) == (device == "cuda")
+    cut = pieces([range(33)], [range(33)], 2, 33, case["window"], case["documents"], tile)
+    upstream = torch.randn(2, 6, 33, wide, device=device).to(dtype)
+    doubles = [x if x is None else x.detach().double().requires_grad_() for x in inputs]
+    seen = visible(2, 33, case["window"], case["documents"]).to(device)
+    true = reference(*doubles[:3], 0.25, seen, doubles[3])
+    got = AttendPieces.apply(*inputs, 0.25, cut)
+    assert got.dtype == dtype
+    limit = 2e-6 if dtype == torch.float32 else 1e-2
+    assert error(got, true) < limit
+    given = [i for i in range(4) if inputs[i] is not None]
+    got_grads = torch.autograd.grad(got, [inputs[i] for i in given], upstream)
+    true_grads = torch.autograd.grad(true, [doubles[i] for i in given], upstream.double())
+    for a, b in zip(got_grads, true_grads, strict=True):
+        if case["window"] == 1 and not case["sinks"] and not b.norm() > 1e-9:
+            assert a.abs().max() < 0.05  # one key: its share is 1 whatever the score
+        else:
+            assert error(a, b) < limit
+
+
+def test_scores_of_any_size_stay_finite():
+    q = torch.full((1, 1, 4, 2), 1e4, requires_grad=True)
+    k = torch.randn(1, 1, 4, 2)
+    k[..., 1:, :] *= -1e4
+    out, lse = torch.zeros(1, 1, 4, 2), torch.full((1, 1, 4), -torch.inf)
+    for run in (range(2), range(2, 4)):
+        here = slice(run.start, run.stop)
+        for piece in pieces([range(4)], [run], 1, 4, tile=8):
+            merge(out, lse, piece, *attend_piece(q.detach(), k[:, :, here], k[:, :, here], 1.0, piece))
+    assert out.isfinite().all() and lse.isfinite().all()
+    got = AttendPieces.apply(q, k, k, torch.full((1,), 1e8), 1.0, pieces([range(4)], [range(4)], 1, 4, tile=2))
+    got.sum().backward()
+    assert got.isfinite().all() and q.grad.isfinite().all()
