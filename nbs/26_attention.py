@@ -111,6 +111,10 @@ class AttentionCore(Protocol):
         """The way back from `whole_sequence`."""
         ...
 
+    def held(self, heads: int) -> slice:
+        """Which of so many heads are this rank's share in `whole_sequence`."""
+        ...
+
 
 # %% [markdown]
 # Latents are expanded by one matrix product; the rotated part of the key is the same for all heads.
@@ -173,6 +177,10 @@ class OneRank:
     def own_sequence(self, x: Tensor) -> Tensor:
         """Nothing to do."""
         return x
+
+    def held(self, heads: int) -> slice:
+        """All of them."""
+        return slice(0, heads)
 
 
 # %% [markdown]

@@ -17,7 +17,7 @@ from .linear import Linear
 from .norm import RMSNorm
 from .rotary import rotate
 
-# %% ../../nbs/26_attention.py #AttentionCore@718703a3
+# %% ../../nbs/26_attention.py #AttentionCore@89ae2963
 class AttentionCore(Protocol):
     """How queries meet keys. A rank holds whole sequences, or (context parallel) its share of each."""
 
@@ -59,6 +59,10 @@ class AttentionCore(Protocol):
         """The way back from `whole_sequence`."""
         ...
 
+    def held(self, heads: int) -> slice:
+        """Which of so many heads are this rank's share in `whole_sequence`."""
+        ...
+
 # %% ../../nbs/26_attention.py #expand_latent@be1c90be
 def expand_latent(latent: Tensor, key_rope: Tensor, expand: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """Keys (B, heads, L, head_dim) and values (B, heads, L, Dv) of latents; see `AttentionCore.attend_latent`."""
@@ -67,7 +71,7 @@ def expand_latent(latent: Tensor, key_rope: Tensor, expand: Tensor, head_dim: in
     shared = key_rope.unsqueeze(1).expand(-1, heads, -1, -1)
     return torch.cat([both[..., :unrotated], shared], dim=-1), both[..., unrotated:]
 
-# %% ../../nbs/26_attention.py #OneRank@2960d57a
+# %% ../../nbs/26_attention.py #OneRank@d9b1f7cd
 class OneRank:
     """The core of a rank that holds whole sequences."""
 
@@ -105,6 +109,10 @@ class OneRank:
     def own_sequence(self, x: Tensor) -> Tensor:
         """Nothing to do."""
         return x
+
+    def held(self, heads: int) -> slice:
+        """All of them."""
+        return slice(0, heads)
 
 # %% ../../nbs/26_attention.py #Sequences@66c6589c
 class Sequences(NamedTuple):
