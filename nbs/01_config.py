@@ -83,26 +83,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """A Qwen3-MoE decoder."""
-
-    vocab_size: int = knob(4096, "tokens in the vocabulary, which the tokenizer is trained to", low=257)
-    layers: int = knob(4, "decoder layers", low=1)
-    hidden: int = knob(256, "width of the residual stream, in features", low=1)
-    heads: int = knob(8, "query heads", low=1)
-    kv_heads: int = knob(2, "key and value heads; divides heads", low=1)
-    head_dim: int = knob(32, "features of a head; even", low=2)
-    experts: int = knob(16, "experts of a layer", low=1)
-    top_k: int = knob(2, "experts that a token visits", low=1)
-    expert_hidden: int = knob(256, "width of an expert's inner layer, in features", low=1)
-    renormalise: bool = knob(True, "rescale the weights of a token's top_k experts to sum to 1")
-    rope_theta: float = knob(10_000.0, "base of the rotary wavelengths", low=1.0)
-    norm_eps: float = knob(1e-6, "added to the mean square in RMSNorm", low=0.0)
-    tie_embeddings: bool = knob(True, "use the embedding matrix as the output head")
-    init_std: float = knob(0.02, "standard deviation of the initial weights", low=0.0)
-
-
-@dataclass(frozen=True)
 class BalanceConfig:
     """How experts are kept equally busy. Each coefficient multiplies a loss that is 1.0 at balance."""
 
@@ -134,10 +114,27 @@ class TrainConfig:
     steps: int = knob(200, "optimiser steps", low=1)
     sequence_length: int = knob(256, "tokens of a sequence", low=1)
     batch_size: int = knob(16, "sequences of an optimiser step", low=1)
-    micro_batch_size: int = knob(16, "sequences of one forward and backward pass; divides batch_size", low=1)
+    micro_batch_size: int = knob(16, "sequences of one forward and backward pass of a rank", low=1)
+    recompute: Literal["none", "attention", "experts", "layer"] = knob(
+        "none", "part of each layer whose activations are made again in the backward instead of kept", free=True
+    )
     checkpoint_every: int = knob(100, "steps between checkpoints; 0 saves only at the end", low=0, free=True)
     keep: int = knob(2, "checkpoints kept, the newest", low=1, free=True)
     evaluate_every: int = knob(0, "steps between validations; 0 validates only at the end", low=0, free=True)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the ranks of a run share the work; a checkpoint of one mesh loads into any other."""
+
+    pp: int = knob(1, "pipeline ranks, which share the layers", low=1, free=True)
+    dp: int = knob(0, "data-parallel ranks, which share the batch; 0: as many as the others leave", low=0, free=True)
+    cp: int = knob(1, "context-parallel ranks, which share each sequence", low=1, free=True)
+    ep: int = knob(1, "expert-parallel ranks, which share each layer's experts and also the batch", low=1, free=True)
+    copies: int = knob(1, "hybrid sharding: copies of the sharded weights; divides dp", low=1, free=True)
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev"] = knob(
+        "dualpipev", "pipeline schedule, where pp is more than 1", free=True
+    )
 
 
 @dataclass(frozen=True)
@@ -148,6 +145,64 @@ class LogConfig:
     wandb: bool = knob(False, "log to Weights & Biases (extra: wandb)", free=True)
 
 
+# %% [markdown]
+# ## The model families
+#
+# Every family is a decoder with experts, so they share `DecoderConfig`; what only one family has stands in
+# its own dataclass. `family` in the TOML file says which one the table `[model]` is.
+
+
+# %%
+#| export
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What every model family has."""
+
+    vocab_size: int = knob(4096, "tokens in the vocabulary, which the tokenizer is trained to", low=257)
+    layers: int = knob(4, "decoder layers", low=1)
+    hidden: int = knob(256, "width of the residual stream, in features", low=1)
+    heads: int = knob(8, "query heads", low=1)
+    experts: int = knob(16, "experts of a layer", low=1)
+    top_k: int = knob(2, "experts that a token visits", low=1)
+    expert_hidden: int = knob(256, "width of an expert's inner layer, in features", low=1)
+    rope_theta: float = knob(10_000.0, "base of the rotary wavelengths", low=1.0)
+    norm_eps: float = knob(1e-6, "added to the mean square in RMSNorm", low=0.0)
+    tie_embeddings: bool = knob(True, "use the embedding matrix as the output head")
+    init_std: float = knob(0.02, "standard deviation of the initial weights", low=0.0)
+
+    def problems(self) -> list[str]:
+        """What contradicts itself, each as "key: what is wrong"."""
+        return [f"top_k: {self.top_k} is more than experts, {self.experts}"] if self.top_k > self.experts else []
+
+
+@dataclass(frozen=True)
+class Qwen3MoeConfig(DecoderConfig):
+    """A Qwen3-MoE decoder."""
+
+    family: Literal["qwen3-moe"] = knob("qwen3-moe", "architecture of the model")
+    kv_heads: int = knob(2, "key and value heads; divides heads", low=1)
+    head_dim: int = knob(32, "features of a head; even", low=2)
+    renormalise: bool = knob(True, "rescale the weights of a token's top_k experts to sum to 1")
+
+    def problems(self) -> list[str]:
+        """What contradicts itself, each as "key: what is wrong"."""
+        found = super().problems()
+        if self.heads % self.kv_heads:
+            found += [f"kv_heads: {self.kv_heads} does not divide heads, {self.heads}"]
+        if self.head_dim % 2:
+            found += [f"head_dim: {self.head_dim} is odd; rotary positions pair features"]
+        return found
+
+
+# %%
+#| export
+FAMILIES = (Qwen3MoeConfig,)  # the first is the default
+
+
+# %% [markdown]
+# All tables together:
+
+
 # %%
 #| export
 @dataclass(frozen=True)
@@ -156,10 +211,11 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: DecoderConfig = field(default_factory=FAMILIES[0])
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     @property
@@ -222,11 +278,11 @@ def section_from_table(section: type, where: str, table: Any) -> Any:
 
 # %%
 try:
-    section_from_table(ModelConfig, "tiny.toml: model", {"expert": 8})
+    section_from_table(Qwen3MoeConfig, "tiny.toml: model", {"expert": 8})
 except UserError as error:
     print(error)
 try:
-    section_from_table(ModelConfig, "tiny.toml: model", {"top_k": 0})
+    section_from_table(Qwen3MoeConfig, "tiny.toml: model", {"top_k": 0})
 except UserError as error:
     print(error)
 
@@ -238,17 +294,8 @@ except UserError as error:
 #| export
 def check_config(config: Config, where: str) -> None:
     """Refuse a config whose fields contradict each other, with the keys and the values that do."""
-    model, train, optimizer = config.model, config.train, config.optimizer
+    train, optimizer = config.train, config.optimizer
     rules = [
-        (
-            model.heads % model.kv_heads == 0,
-            f"model.kv_heads: {model.kv_heads} does not divide model.heads, {model.heads}",
-        ),
-        (model.head_dim % 2 == 0, f"model.head_dim: {model.head_dim} is odd; rotary positions pair features"),
-        (
-            model.top_k <= model.experts,
-            f"model.top_k: {model.top_k} is more than model.experts, {model.experts}",
-        ),
         (
             train.batch_size % train.micro_batch_size == 0,
             f"train.micro_batch_size: {train.micro_batch_size} does not divide train.batch_size, {train.batch_size}",
@@ -262,6 +309,8 @@ def check_config(config: Config, where: str) -> None:
             f"run.name: {config.run.name!r} is not a folder's name",
         ),
     ]
+    for problem in config.model.problems():
+        raise UserError(f"{where}: model.{problem}")
     for holds, message in rules:
         if not holds:
             raise UserError(f"{where}: {message}")
@@ -284,12 +333,24 @@ def parse_override(text: str) -> Any:
 
 # %%
 #| export
+def family_of(table: Any, where: str) -> type[DecoderConfig]:
+    """The dataclass of the family that the model's table names, the first of FAMILIES where it names none."""
+    families = {family.family: family for family in FAMILIES}
+    named = table.get("family", FAMILIES[0].family) if isinstance(table, dict) else FAMILIES[0].family
+    if named not in families:
+        raise UserError(f"{where}.family: {named!r} is no family; known: {', '.join(families)}")
+    return families[named]
+
+
+# %%
+#| export
 def config_from_tables(tables: dict[str, Any], where: str) -> Config:
     """A checked Config from parsed TOML tables."""
     sections = {spec.name: spec.default_factory for spec in dataclasses.fields(Config)}
     for name in tables:
         if name not in sections:
             raise UserError(f"{where}: [{name}]: no such section; {nearest(name, list(sections))}")
+    sections["model"] = family_of(tables.get("model", {}), f"{where}: model")
     config = Config(
         **{name: section_from_table(sections[name], f"{where}: {name}", table) for name, table in tables.items()}
     )
@@ -376,14 +437,17 @@ def to_toml(config: Config) -> str:
 #| export
 def differences(config: Config, other: Config) -> list[str]:
     """The settings, free ones left out, in which two configs differ, as "section.key: a, not b" lines."""
-    return [
-        f"{section.name}.{spec.name}: {mine!r}, not {theirs!r}"
-        for section in dataclasses.fields(Config)
-        for spec in dataclasses.fields(section.default_factory)
-        if not spec.metadata["free"]
-        and (mine := getattr(getattr(config, section.name), spec.name))
-        != (theirs := getattr(getattr(other, section.name), spec.name))
-    ]
+    found = []
+    for section in dataclasses.fields(Config):
+        mine, theirs = getattr(config, section.name), getattr(other, section.name)
+        specs = dataclasses.fields(mine)
+        if type(mine) is not type(theirs):  # another family: that says it all
+            specs = [spec for spec in specs if spec.name == "family"]
+        for spec in specs:
+            a, b = getattr(mine, spec.name), getattr(theirs, spec.name)
+            if a != b and not spec.metadata["free"]:
+                found.append(f"{section.name}.{spec.name}: {a!r}, not {b!r}")
+    return found
 
 
 # %%
@@ -399,14 +463,19 @@ differences(wide, config)
 def describe_settings() -> str:
     """Every setting with its type, default, range and meaning, one line each, by section."""
     lines = []
-    for section in dataclasses.fields(Config):
-        lines += ["", f"[{section.name}] {section.default_factory.__doc__}"]
-        for spec in dataclasses.fields(section.default_factory):
+    shared = {spec.name for spec in dataclasses.fields(DecoderConfig)}
+    sections = [(spec.name, spec.default_factory, ()) for spec in dataclasses.fields(Config) if spec.name != "model"]
+    sections += [("model", DecoderConfig, ())] + [("model", family, shared) for family in FAMILIES]
+    for name, section, told in sections:
+        lines += ["", f"[{name}] {section.__doc__}"]
+        for spec in dataclasses.fields(section):
+            if spec.name in told:
+                continue
             kind = "|".join(get_args(spec.type)) if get_origin(spec.type) is Literal else spec.type.__name__
             low, high = spec.metadata["low"], spec.metadata["high"]
             span = "" if low is None else f", >= {low:g}" if high is None else f", {low:g} to {high:g}"
             default = f"default {spec.default!r}".lower() if spec.type is bool else f"default {spec.default!r}"
-            lines.append(f"  {f'--{section.name}.{spec.name}':<26} {spec.metadata['doc']} ({kind}{span}; {default})")
+            lines.append(f"  {f'--{name}.{spec.name}':<26} {spec.metadata['doc']} ({kind}{span}; {default})")
     return "\n".join(lines[1:])
 
 

@@ -24,10 +24,15 @@
 
 # %%
 #| export
-from typing import Protocol
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from pithtrain.layers.attention import AttentionCore, Cache, OneRank, Sequences
 from pithtrain.layers.router import Routed
 
 # %% [markdown]
@@ -42,8 +47,13 @@ from pithtrain.layers.router import Routed
 class Layer(Protocol):
     """A decoder layer in stages. H features, T tokens, K = top_k."""
 
-    def attend(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Routed]:
-        """Stage 1. The new residual (batch, sequence, H), the normalised tokens (T, H), where they go."""
+    def attend(
+        self, hidden: Tensor, sequences: Sequences, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor, Routed | None]:
+        """Stage 1. The new residual (batch, sequence, H), the normalised tokens (T, H), where they go.
+
+        A dense layer has nothing to route: it returns its output as the residual, and None.
+        """
         ...
 
     def experts(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
@@ -54,19 +64,107 @@ class Layer(Protocol):
         """Stage 5. The layer's output (batch, sequence, H) from the residual and (T, H)."""
         ...
 
+    def new_cache(self) -> Cache:
+        """What the layer keeps of the tokens it has seen, while text is generated."""
+        ...
+
 
 # %% [markdown]
-# ## The plain driver
+# ## What a driver owes a model
 #
-# On one rank every expert is at home: dispatch and combine have nothing to do.
+# Stages 2 and 4 are one object, the *exchange*: it knows which experts live here and how tokens travel. On
+# a rank alone all of them do, and nothing travels. `Arrived` is what stage 3 gets: tokens, the experts they
+# visit here, numbered from 0 (-1: an expert that lives elsewhere), and the weights of those visits.
 
 
 # %%
 #| export
-def run_layer(layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Routed]:
-    """All stages of one layer on one rank: the new residual stream and where its tokens went."""
-    residual, tokens, routed = layer.attend(hidden, cos, sin)
-    expert_output = layer.experts(tokens, routed.expert_ids, routed.weights)
+class Arrived(NamedTuple):
+    """Tokens at the rank of their experts: Q of them, from every rank of the exchange."""
+
+    tokens: Tensor  #: (Q, H)
+    expert_ids: Tensor  #: (Q, K) int64, numbered from this rank's first expert; -1: not here
+    weights: Tensor  #: (Q, K) fp32
+
+
+class Exchange(Protocol):
+    """Stages 2 and 4."""
+
+    def share(self, experts: int) -> range:
+        """Those of a layer's experts that live on this rank."""
+        ...
+
+    def dispatch(self, tokens: Tensor, routed: Routed) -> tuple[Arrived, object]:
+        """Stage 2: `tokens` (T, H) travel to their experts. The second result is for `combine` alone."""
+        ...
+
+    def combine(self, output: Tensor, journey: object) -> Tensor:
+        """Stage 4: outputs (Q, H) travel home, where those of the same token are added: (T, H)."""
+        ...
+
+
+class AtHome:
+    """The exchange of a rank that holds every expert."""
+
+    def share(self, experts: int) -> range:
+        return range(experts)
+
+    def dispatch(self, tokens: Tensor, routed: Routed) -> tuple[Arrived, None]:
+        return Arrived(tokens, routed.expert_ids, routed.weights), None
+
+    def combine(self, output: Tensor, journey: None) -> Tensor:
+        return output
+
+
+# %% [markdown]
+# `Place` is all that a model is told about where it runs: the exchange, how its queries meet their keys,
+# which layers are here, and the dtype of its activations. It is given when the model is made. Models know
+# nothing of meshes and process groups.
+#
+# `recompute` trades time for memory. A stage that is recomputed keeps its inputs alone and runs again when
+# its backward comes. What has travelled is an input of stage 3 and is kept, so nothing travels twice.
+
+
+# %%
+#| export
+@dataclass(frozen=True)
+class Place:
+    """What a model knows of the rank it is made for; the default is a rank that holds everything."""
+
+    exchange: Exchange = AtHome()  # noqa: RUF009 (it holds no state)
+    core: AttentionCore = OneRank()
+    layers: range | None = None  #: global numbers of the layers that are here; None: all
+    first: bool = True  #: the embedding is here
+    last: bool = True  #: the final norm and the head are here
+    dtype: torch.dtype = torch.float32  #: of activations
+    recompute: Literal["none", "attention", "experts", "layer"] = "none"
+
+    def held(self, layers: int) -> range:
+        """The layers that are here, of a model of so many."""
+        return range(layers) if self.layers is None else self.layers
+
+
+# %% [markdown]
+# ## The plain driver
+
+
+# %%
+#| export
+def run_layer(
+    layer: Layer, hidden: Tensor, sequences: Sequences, place: Place, cache: Cache | None = None
+) -> tuple[Tensor, Routed | None]:
+    """All stages of one layer in order: the new residual stream and where its tokens went."""
+    attend, experts = layer.attend, layer.experts
+    if torch.is_grad_enabled():
+        if place.recompute in ("attention", "layer"):
+            attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
+        if place.recompute in ("experts", "layer"):
+            experts = partial(checkpoint, experts, use_reentrant=False, preserve_rng_state=False)
+    residual, tokens, routed = attend(hidden, sequences, cache)
+    if routed is None:
+        return residual, None
+    arrived, journey = place.exchange.dispatch(tokens, routed)
+    expert_output = place.exchange.combine(experts(*arrived), journey)
     return layer.aggregate(residual, expert_output), routed
 
 
@@ -76,12 +174,10 @@ def run_layer(layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[T
 #
 # A toy layer shows the protocol: attention that does nothing, and expert $e$ multiplying by $e$.
 
+
 # %%
-import torch
-
-
 class Toy:
-    def attend(self, hidden, cos, sin):
+    def attend(self, hidden, sequences, cache=None):
         tokens = hidden.flatten(0, 1)
         expert_ids = torch.tensor([[0, 1], [1, 2], [2, 3]])
         return hidden, tokens, Routed(torch.full((3, 2), 0.5), expert_ids, torch.full((3, 4), 0.25))
@@ -93,7 +189,7 @@ class Toy:
         return residual + expert_output.view_as(residual)
 
 
-hidden, routed = run_layer(Toy(), torch.ones(1, 3, 1), None, None)
+hidden, routed = run_layer(Toy(), torch.ones(1, 3, 1), None, Place())
 print(hidden.flatten().tolist())
 assert hidden.flatten().tolist() == [1.5, 2.5, 3.5]
 
@@ -119,4 +215,4 @@ ax.set(title="One layer on two ranks", yticks=[0, 1], yticklabels=["rank 0", "ra
 fig
 
 # %% [markdown]
-# Next: a real layer in this form, and the model around it: [Qwen3-MoE](31_qwen3_moe.py).
+# Next: the [driver of a whole model](31_decoder.py), and a [real layer](32_qwen3_moe.py) in this form.

@@ -57,10 +57,10 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 
 
 # %%
-from pithtrain.config import ModelConfig
-from pithtrain.models.qwen3_moe import Qwen3Moe
+from pithtrain.config import Qwen3MoeConfig
+from pithtrain.models.build import build
 
-optimizer = make_optimizer(Qwen3Moe(ModelConfig()), OptimizerConfig())
+optimizer = make_optimizer(build(Qwen3MoeConfig()), OptimizerConfig())
 for group in optimizer.param_groups:
     print(f"weight decay {group['weight_decay']}: {sum(p.numel() for p in group['params']):,} parameters")
 

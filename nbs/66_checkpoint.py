@@ -116,22 +116,23 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.
 # %%
 import tempfile
 
-from pithtrain.config import ModelConfig, OptimizerConfig
-from pithtrain.models.qwen3_moe import Qwen3Moe, initialise
+from pithtrain.config import OptimizerConfig, Qwen3MoeConfig
+from pithtrain.models.build import build
+from pithtrain.models.decoder import initialise
 from pithtrain.train.optimizer import make_optimizer
 
-small = ModelConfig(hidden=32, heads=4, head_dim=8, experts=4, expert_hidden=16, vocab_size=300, layers=1)
+small = Qwen3MoeConfig(hidden=32, heads=4, head_dim=8, experts=4, expert_hidden=16, vocab_size=300, layers=1)
 
 
 def new_run(seed):
-    model = Qwen3Moe(small)
-    initialise(model, 0.02, 1, seed)
+    model = build(small)
+    initialise(model, seed)
     return model, make_optimizer(model, OptimizerConfig())
 
 
 def some_step(model, optimizer, seed):
     ids = torch.randint(300, (2, 8), generator=torch.Generator().manual_seed(seed))
-    model(ids)[0].square().sum().backward()
+    model(ids, torch.arange(ids.shape[1]))[0].square().sum().backward()
     optimizer.step()
     optimizer.zero_grad()
 

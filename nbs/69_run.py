@@ -29,7 +29,8 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 
 from pithtrain.config import Config, UserError, differences, load_run_config, to_toml
-from pithtrain.models.qwen3_moe import Qwen3Moe
+from pithtrain.models.build import build
+from pithtrain.models.decoder import Decoder
 from pithtrain.train.checkpoint import checkpoint_path, checkpoint_steps, load_weights
 from pithtrain.train.tokenizer import load_tokenizer
 
@@ -82,13 +83,13 @@ def create_run_folder(config: Config, tokenizer: Path) -> None:
 # %%
 import tempfile
 
-from pithtrain.config import ModelConfig, RunConfig
+from pithtrain.config import Qwen3MoeConfig, RunConfig
 from pithtrain.train.tokenizer import save_tokenizer, train_tokenizer
 
 scratch = tempfile.TemporaryDirectory()
 tokenizer_path = Path(scratch.name) / "tokenizer.json"
 save_tokenizer(train_tokenizer(["def run(): return 1\n"] * 100, vocab_size=270), tokenizer_path)
-small = ModelConfig(hidden=32, heads=4, head_dim=8, experts=4, expert_hidden=16, vocab_size=270, layers=1)
+small = Qwen3MoeConfig(hidden=32, heads=4, head_dim=8, experts=4, expert_hidden=16, vocab_size=270, layers=1)
 config = Config(run=RunConfig(name="demo", folder=scratch.name), model=small)
 check_run_folder(config)
 create_run_folder(config, tokenizer_path)
@@ -111,7 +112,7 @@ class Run(NamedTuple):
 
     config: Config
     tokenizer: Tokenizer
-    model: Qwen3Moe  #: on the CPU, fp32, with the newest checkpoint's weights
+    model: Decoder  #: on the CPU, fp32, with the newest checkpoint's weights
     step: int
 
 
@@ -123,7 +124,7 @@ def open_run(folder: Path) -> Run:
     steps = checkpoint_steps(folder / "checkpoints")
     if not steps:
         raise UserError(f"{folder}: has no checkpoint yet; train it first")
-    model = Qwen3Moe(config.model)
+    model = build(config.model)
     load_weights(checkpoint_path(folder / "checkpoints", steps[-1]), model)
     return Run(config, load_tokenizer(folder / "tokenizer.json"), model, steps[-1])
 
@@ -137,7 +138,7 @@ try:
     open_run(config.path)
 except UserError as error:
     print(str(error).replace(scratch.name, "runs"))
-model = Qwen3Moe(small)
+model = build(small)
 save_checkpoint(config.path / "checkpoints", 7, model, make_optimizer(model, OptimizerConfig()), keep=1)
 run = open_run(config.path)
 print(f"step {run.step}, {sum(p.numel() for p in run.model.parameters()):,} parameters")

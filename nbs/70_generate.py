@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from pithtrain.models.qwen3_moe import Qwen3Moe
+from pithtrain.models.decoder import Decoder
 from pithtrain.train.tokenizer import END_OF_TEXT
 
 
@@ -53,7 +53,7 @@ fig
 #| export
 @torch.no_grad()
 def generate(
-    model: Qwen3Moe,
+    model: Decoder,
     tokenizer: Tokenizer,
     prompt: str,
     tokens: int,
@@ -71,7 +71,7 @@ def generate(
     drawn: list[int] = []
     while len(drawn) < tokens:
         window = torch.tensor([(begin + drawn)[-context:]], device=device)
-        hidden, _ = model(window)
+        hidden, _ = model(window, torch.arange(window.shape[1], device=device))
         token = pick(model.logits(hidden[0, -1]).cpu(), temperature, top_k, generator)
         if token == end:
             break
@@ -83,17 +83,18 @@ def generate(
 # An untrained model babbles, and the same seed babbles the same:
 
 # %%
-from pithtrain.config import ModelConfig
-from pithtrain.models.qwen3_moe import initialise
+from pithtrain.config import Qwen3MoeConfig
+from pithtrain.models.build import build
+from pithtrain.models.decoder import initialise
 from pithtrain.train.tokenizer import train_tokenizer
 
 tokenizer = train_tokenizer(["def run(): return 1\n", "class Run: pass\n"] * 100, vocab_size=270)
-model = Qwen3Moe(
-    ModelConfig(
+model = build(
+    Qwen3MoeConfig(
         hidden=32, heads=4, head_dim=8, experts=4, expert_hidden=16, vocab_size=tokenizer.get_vocab_size(), layers=1
     )
 )
-initialise(model, 0.02, 1, seed=0)
+initialise(model, seed=0)
 first = generate(model, tokenizer, "def ", tokens=12, context=64)
 print(repr(first))
 assert first == generate(model, tokenizer, "def ", tokens=12, context=64)

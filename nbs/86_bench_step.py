@@ -27,7 +27,8 @@ import torch
 from torch import nn
 
 from pithtrain.config import Config
-from pithtrain.models.qwen3_moe import Qwen3Moe, initialise
+from pithtrain.models.build import build
+from pithtrain.models.decoder import Decoder, initialise
 from pithtrain.train.optimizer import make_optimizer
 from pithtrain.train.trainer import train_step
 
@@ -40,7 +41,7 @@ from pithtrain.train.trainer import train_step
 
 # %%
 #| export
-def transformers_twin(model: Qwen3Moe, experts_implementation: str) -> nn.Module:
+def transformers_twin(model: Decoder, experts_implementation: str) -> nn.Module:
     """transformers' Qwen3-MoE with the config and the weights of `model`, in fp32."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -93,15 +94,18 @@ def transformers_twin(model: Qwen3Moe, experts_implementation: str) -> nn.Module
 
 
 # %%
-from pithtrain.config import ModelConfig
+from pithtrain.config import Qwen3MoeConfig
 
-small = ModelConfig(hidden=64, heads=4, head_dim=16, experts=8, expert_hidden=64, vocab_size=512, layers=2)
-model = Qwen3Moe(small)
-initialise(model, 0.02, 2, seed=0)
+small = Qwen3MoeConfig(hidden=64, heads=4, head_dim=16, experts=8, expert_hidden=64, vocab_size=512, layers=2)
+model = build(small)
+initialise(model, seed=0)
 ids = torch.randint(512, (2, 32))
 twin = transformers_twin(model, "eager")
 with torch.no_grad():
-    print("largest difference of logits:", (twin(ids).logits - model.logits(model(ids)[0])).abs().max().item())
+    print(
+        "largest difference of logits:",
+        (twin(ids).logits - model.logits(model(ids, torch.arange(ids.shape[1]))[0])).abs().max().item(),
+    )
 
 # %% [markdown]
 # ## Where the time goes
@@ -113,8 +117,8 @@ def step_profile(config: Config) -> dict[str, float]:
     """Shares of one training step's CPU time, by kind of work."""
     from torch.profiler import ProfilerActivity, profile
 
-    model = Qwen3Moe(config.model)
-    initialise(model, config.model.init_std, config.model.layers, config.run.seed)
+    model = build(config.model)
+    initialise(model, config.run.seed)
     optimizer = make_optimizer(model, config.optimizer)
     shape = (config.train.batch_size, config.train.sequence_length + 1)
     ids = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
@@ -164,8 +168,8 @@ def bench_step(config: Config, rounds: int, peers: tuple[str, ...] = ("eager", "
     Every contender takes `rounds` timed steps, in turns, after two that warm up. The batch is one microbatch
     of random tokens, without balance losses. The result is ready for JSON.
     """
-    model = Qwen3Moe(config.model)
-    initialise(model, config.model.init_std, config.model.layers, config.run.seed)
+    model = build(config.model)
+    initialise(model, config.run.seed)
     twins = {f"transformers, {name}": transformers_twin(model, name) for name in peers}
     rate = config.optimizer.learning_rate
     steppers: dict[str, Callable[[Any, Any], float]] = {}

@@ -5,7 +5,7 @@
 # %% auto
 __all__ = ['transformers_twin', 'step_profile', 'plain_step', 'bench_step', 'cpu_name', 'describe_bench_step']
 
-# %% ../nbs/86_bench_step.py #imports@9aba7ee9
+# %% ../nbs/86_bench_step.py #imports@e17ea4ff
 import platform
 import statistics
 import time
@@ -18,12 +18,13 @@ import torch
 from torch import nn
 
 from .config import Config
-from .models.qwen3_moe import Qwen3Moe, initialise
+from .models.build import build
+from .models.decoder import Decoder, initialise
 from .train.optimizer import make_optimizer
 from .train.trainer import train_step
 
-# %% ../nbs/86_bench_step.py #transformers_twin@f6a7e216
-def transformers_twin(model: Qwen3Moe, experts_implementation: str) -> nn.Module:
+# %% ../nbs/86_bench_step.py #transformers_twin@5d701d7a
+def transformers_twin(model: Decoder, experts_implementation: str) -> nn.Module:
     """transformers' Qwen3-MoE with the config and the weights of `model`, in fp32."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -74,13 +75,13 @@ def transformers_twin(model: Qwen3Moe, experts_implementation: str) -> nn.Module
         raise ValueError(f"weights do not match transformers' names: missing {missing}, unexpected {unexpected}")
     return twin
 
-# %% ../nbs/86_bench_step.py #step_profile@3535dde5
+# %% ../nbs/86_bench_step.py #step_profile@3196dbc3
 def step_profile(config: Config) -> dict[str, float]:
     """Shares of one training step's CPU time, by kind of work."""
     from torch.profiler import ProfilerActivity, profile
 
-    model = Qwen3Moe(config.model)
-    initialise(model, config.model.init_std, config.model.layers, config.run.seed)
+    model = build(config.model)
+    initialise(model, config.run.seed)
     optimizer = make_optimizer(model, config.optimizer)
     shape = (config.train.batch_size, config.train.sequence_length + 1)
     ids = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
@@ -115,15 +116,15 @@ def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Any, 
     optimizer.step()
     return loss.item()
 
-# %% ../nbs/86_bench_step.py #bench_step@591e0f04
+# %% ../nbs/86_bench_step.py #bench_step@71920f8b
 def bench_step(config: Config, rounds: int, peers: tuple[str, ...] = ("eager", "grouped_mm")) -> dict[str, Any]:
     """Times of one fp32 CPU training step: ours, and transformers' with each experts implementation of `peers`.
 
     Every contender takes `rounds` timed steps, in turns, after two that warm up. The batch is one microbatch
     of random tokens, without balance losses. The result is ready for JSON.
     """
-    model = Qwen3Moe(config.model)
-    initialise(model, config.model.init_std, config.model.layers, config.run.seed)
+    model = build(config.model)
+    initialise(model, config.run.seed)
     twins = {f"transformers, {name}": transformers_twin(model, name) for name in peers}
     rate = config.optimizer.learning_rate
     steppers: dict[str, Callable[[Any, Any], float]] = {}

@@ -1,22 +1,24 @@
 """The whole model against transformers' Qwen3-MoE, and what must be true of it alone."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from pithtrain.config import ModelConfig
-from pithtrain.layers.loss import linear_cross_entropy
-from pithtrain.models.qwen3_moe import Qwen3Moe, count_parameters, initialise
+from pithtrain.config import Qwen3MoeConfig
+from pithtrain.models.decoder import count_parameters, initialise
+from pithtrain.models.qwen3_moe import qwen3_moe
+from pithtrain.models.stages import Place
 
-BASE = ModelConfig(
+BASE = Qwen3MoeConfig(
     vocab_size=300, layers=2, hidden=32, heads=4, kv_heads=2, head_dim=8, experts=8, top_k=2, expert_hidden=24
 )
 
 
 def shape(**changes):
-    return ModelConfig(**{**BASE.__dict__, **changes})
+    return Qwen3MoeConfig(**{**BASE.__dict__, **changes})
 
 
 SHAPES = {
@@ -107,7 +109,7 @@ def copy_weights(theirs, ours):
 
 
 def pair(c, attention="eager"):
-    theirs, ours = transformers_model(c, attention), Qwen3Moe(c)
+    theirs, ours = transformers_model(c, attention), qwen3_moe(c)
     copy_weights(theirs, ours)
     return theirs, ours
 
@@ -121,9 +123,12 @@ def text(c, batch, sequence):
     return inputs, targets
 
 
-def our_loss(model, inputs, targets, dtype=torch.float32):
-    hidden, _ = model(inputs, dtype)
-    return linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, targets.flatten()) / (targets != -100).sum()
+def our_loss(model, inputs, targets):
+    return model(inputs, torch.arange(inputs.shape[1]), targets=targets)[0] / (targets != -100).sum()
+
+
+def run(model, inputs):
+    return model(inputs, torch.arange(inputs.shape[1]))
 
 
 def error(a, b):
@@ -146,7 +151,7 @@ def test_logits_routing_and_gradients_are_those_of_transformers(name, attention)
     theirs, ours = pair(c, attention)
     inputs, targets = text(c, batch, sequence)
     output = theirs(inputs, output_router_logits=True, use_cache=False)
-    hidden, routing = ours(inputs)
+    hidden, routing = run(ours, inputs)
     difference = ((ours.logits(hidden) - output.logits).abs().max() / output.logits.abs().max()).item()
     assert difference < 1e-5
 
@@ -181,7 +186,7 @@ def test_balance_losses_meet_those_of_transformers():
     c = shape(layers=1)
     theirs, ours = pair(c)
     inputs, _ = text(c, 2, 16)
-    (routed,) = ours(inputs)[1]
+    (routed,) = run(ours, inputs)[1]
     expected = theirs(inputs, output_router_logits=True, use_cache=False).aux_loss
     torch.testing.assert_close(c.top_k * switch_loss(routed.probs, expert_load(routed.expert_ids, c.experts)), expected)
 
@@ -189,7 +194,7 @@ def test_balance_losses_meet_those_of_transformers():
 @pytest.mark.parametrize("name", ["base", "untied", "deep, many experts", "all experts"])
 def test_count_parameters_against_transformers(name):
     c = SHAPES[name][0]
-    total, active = count_parameters(Qwen3Moe(c), c.experts, c.top_k)
+    total, active = count_parameters(qwen3_moe(c), c.experts, c.top_k)
     theirs = transformers_model(c)
     assert total == theirs.num_parameters()
     lean = transformers_model(shape(**{**c.__dict__, "experts": c.top_k}))  # only the experts a token visits
@@ -197,8 +202,8 @@ def test_count_parameters_against_transformers(name):
 
 
 def random_model(c, seed=0):
-    model = Qwen3Moe(c)
-    initialise(model, 0.2, c.layers, seed)
+    model = qwen3_moe(dataclasses.replace(c, init_std=0.2))
+    initialise(model, seed)
     return model
 
 
@@ -207,7 +212,7 @@ def test_no_token_sees_the_future():
     model = random_model(shape(tie_embeddings=False))
     inputs = torch.arange(20, 32)[None]  # every token once, so a row of the embedding is a position
     for t in (0, 5, 11):
-        hidden, _ = model(inputs)
+        hidden, _ = run(model, inputs)
         (grad,) = torch.autograd.grad(
             hidden[0, t].square().sum() + model.logits(hidden)[0, t].sum(), model.embedding.weight
         )
@@ -215,7 +220,7 @@ def test_no_token_sees_the_future():
         assert not reach[t + 1 :].any() and (reach[: t + 1] > 0).all()
     changed = inputs.clone()
     changed[0, 6] = 99
-    before, after = model(inputs)[0][0], model(changed)[0][0]
+    before, after = run(model, inputs)[0][0], run(model, changed)[0][0]
     torch.testing.assert_close(before[:6], after[:6], rtol=1e-5, atol=1e-5)
     assert ((before[6:] - after[6:]).abs().amax(dim=1) > 1e-3).all()
 
@@ -223,8 +228,8 @@ def test_no_token_sees_the_future():
 def test_sequences_of_a_batch_do_not_mix():
     model = random_model(BASE)
     inputs, _ = text(BASE, 3, 9)
-    together = model(inputs)[0]
-    apart = torch.cat([model(row[None])[0] for row in inputs])
+    together = run(model, inputs)[0]
+    apart = torch.cat([run(model, row[None])[0] for row in inputs])
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
 
 
@@ -237,9 +242,8 @@ def test_accumulated_gradient_is_the_gradient_of_the_batch(size):
     model.zero_grad(set_to_none=True)
     tokens = (targets != -100).sum()
     for start in range(0, 6, size):
-        hidden, _ = model(inputs[start : start + size])
-        wanted = targets[start : start + size].flatten()
-        (linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, wanted) / tokens).backward()
+        piece = slice(start, start + size)
+        (model(inputs[piece], torch.arange(inputs.shape[1]), targets=targets[piece])[0] / tokens).backward()
     for n, p in model.named_parameters():
         assert error(p.grad, whole[n]) < 1e-5, n
 
@@ -259,8 +263,10 @@ def test_bf16_stays_within_its_rounding(top_k):
     c = shape(top_k=top_k)
     theirs, ours = pair(c)
     inputs, targets = text(c, 4, 32)
-    hidden, routing = ours(inputs)
-    half_hidden, half_routing = ours(inputs, torch.bfloat16)
+    hidden, routing = run(ours, inputs)
+    half = qwen3_moe(c, Place(dtype=torch.bfloat16))
+    half.load_state_dict(ours.state_dict())
+    half_hidden, half_routing = run(half, inputs)
     assert half_hidden.dtype == torch.bfloat16
     assert all(r.probs.dtype == r.weights.dtype == torch.float32 for r in half_routing)
     half_logits = ours.logits(half_hidden)
@@ -271,14 +277,14 @@ def test_bf16_stays_within_its_rounding(top_k):
     assert 1e-4 < error(half_logits, full) < 1.25 * error(their_half, full) + 1e-3
     if top_k == c.experts:
         assert error(half_hidden, hidden) < 2e-2
-    for routed, half in zip(routing, half_routing, strict=True):
-        same = routed.expert_ids.sort().values == half.expert_ids.sort().values
+    for routed, other in zip(routing, half_routing, strict=True):
+        same = routed.expert_ids.sort().values == other.expert_ids.sort().values
         assert same.float().mean() > 0.95
 
-    loss, half_loss = our_loss(ours, inputs, targets), our_loss(ours, inputs, targets, torch.bfloat16)
+    loss, half_loss = our_loss(ours, inputs, targets), our_loss(half, inputs, targets)
     assert half_loss.item() == pytest.approx(loss.item(), rel=1e-2)
     grads = torch.autograd.grad(loss, list(ours.parameters()))
-    half_grads = torch.autograd.grad(half_loss, list(ours.parameters()))
+    half_grads = torch.autograd.grad(half_loss, list(half.parameters()))
     assert all(g.dtype == torch.float32 for g in half_grads)
     flat, half_flat = (torch.cat([g.flatten() for g in gs]) for gs in (grads, half_grads))
     if top_k == c.experts:
@@ -289,8 +295,8 @@ def test_no_grad_makes_no_graph_and_the_same_hidden_states():
     model = random_model(BASE)
     inputs, _ = text(BASE, 2, 16)
     with torch.no_grad():
-        quiet, routing = model(inputs)
-    loud, _ = model(inputs)
+        quiet, routing = run(model, inputs)
+    loud, _ = run(model, inputs)
     assert not quiet.requires_grad and not any(r.weights.requires_grad for r in routing)
     assert torch.equal(quiet, loud)
 
@@ -298,8 +304,8 @@ def test_no_grad_makes_no_graph_and_the_same_hidden_states():
 def test_selection_bias_sends_tokens_elsewhere():
     model = random_model(BASE)
     inputs, _ = text(BASE, 2, 16)
-    model.layers[1].router.bias[3] = 5.0
-    _, routing = model(inputs)
+    model.layers["1"].router.bias[3] = 5.0
+    _, routing = run(model, inputs)
     assert (routing[1].expert_ids[:, 0] == 3).all() and not (routing[0].expert_ids[:, 0] == 3).all()
     assert "layers.1.router.bias" in model.state_dict()
 
@@ -309,25 +315,25 @@ class Reordered(torch.nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model = model
+        self.model, self.config, self.place = model, model.config, model.place
 
     def named_parameters(self):
         return reversed(list(self.model.named_parameters()))
 
 
 def test_first_weights_do_not_depend_on_order_or_on_the_global_generator():
-    one, other = Qwen3Moe(BASE), Qwen3Moe(BASE)
+    one, other = qwen3_moe(BASE), qwen3_moe(BASE)
     torch.manual_seed(1)
-    initialise(one, 0.02, 2, seed=3)
+    initialise(one, seed=3)
     torch.manual_seed(2)
     before = torch.get_rng_state()
-    initialise(Reordered(other), 0.02, 2, seed=3)
+    initialise(Reordered(other), seed=3)
     assert torch.equal(torch.get_rng_state(), before)
     for (n, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b), n
-    deeper = Qwen3Moe(shape(layers=4))  # a name has the same weights whatever else the model holds
-    initialise(deeper, 0.02, 2, seed=3)
-    assert torch.equal(deeper.layers[1].experts.gate_up, one.layers[1].experts.gate_up)
+    deeper = qwen3_moe(shape(layers=4))  # a name has the same weights whatever else the model holds
+    initialise(deeper, seed=3)
+    assert torch.equal(deeper.layers["1"].experts.gate_up, one.layers["1"].experts.gate_up)
 
 
 @pytest.mark.parametrize("seeds", [(0, 1), (1, 2), (0, 2**32), (7, 2**63)])
@@ -339,15 +345,15 @@ def test_first_weights_differ_by_seed_and_by_name(seeds):
             assert abs(correlation) < 6 / a.numel() ** 0.5, n
         else:
             assert torch.equal(a, torch.ones_like(a)), n
-    first, second = models[0].layers
+    first, second = models[0].layers.values()
     assert not torch.equal(first.router.weight, second.router.weight)
     assert not torch.equal(models[0].embedding.weight, models[0].head.weight)
 
 
 def test_size_of_first_weights():
     c = shape(hidden=64, layers=8)
-    model = Qwen3Moe(c)
-    initialise(model, 0.02, c.layers, seed=0)
+    model = qwen3_moe(c)
+    initialise(model, seed=0)
     for n, p in model.named_parameters():
         if p.dim() > 1:
             expected = 0.02 / 4 if "output" in n or "down" in n else 0.02

@@ -5,12 +5,12 @@
 # %% auto
 __all__ = ['pick', 'generate']
 
-# %% ../../nbs/70_generate.py #imports@98e3a028
+# %% ../../nbs/70_generate.py #imports@e6751a86
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..models.qwen3_moe import Qwen3Moe
+from ..models.decoder import Decoder
 from .tokenizer import END_OF_TEXT
 
 # %% ../../nbs/70_generate.py #pick@f0de278e
@@ -22,10 +22,10 @@ def pick(logits: Tensor, temperature: float, top_k: int, generator: torch.Genera
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
     return int(torch.multinomial(torch.softmax(logits / temperature, dim=0), 1, generator=generator))
 
-# %% ../../nbs/70_generate.py #generate@29a7df81
+# %% ../../nbs/70_generate.py #generate@14cff70c
 @torch.no_grad()
 def generate(
-    model: Qwen3Moe,
+    model: Decoder,
     tokenizer: Tokenizer,
     prompt: str,
     tokens: int,
@@ -43,7 +43,7 @@ def generate(
     drawn: list[int] = []
     while len(drawn) < tokens:
         window = torch.tensor([(begin + drawn)[-context:]], device=device)
-        hidden, _ = model(window)
+        hidden, _ = model(window, torch.arange(window.shape[1], device=device))
         token = pick(model.logits(hidden[0, -1]).cpu(), temperature, top_k, generator)
         if token == end:
             break

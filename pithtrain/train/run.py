@@ -5,7 +5,7 @@
 # %% auto
 __all__ = ['check_run_folder', 'create_run_folder', 'Run', 'open_run']
 
-# %% ../../nbs/69_run.py #imports@513e887b
+# %% ../../nbs/69_run.py #imports@215403c1
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 
 from ..config import Config, UserError, differences, load_run_config, to_toml
-from ..models.qwen3_moe import Qwen3Moe
+from ..models.build import build
+from ..models.decoder import Decoder
 from .checkpoint import checkpoint_path, checkpoint_steps, load_weights
 from .tokenizer import load_tokenizer
 
@@ -56,22 +57,22 @@ def create_run_folder(config: Config, tokenizer: Path) -> None:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
-# %% ../../nbs/69_run.py #Run@b86de051
+# %% ../../nbs/69_run.py #Run@6594578b
 class Run(NamedTuple):
     """A trained run, opened."""
 
     config: Config
     tokenizer: Tokenizer
-    model: Qwen3Moe  #: on the CPU, fp32, with the newest checkpoint's weights
+    model: Decoder  #: on the CPU, fp32, with the newest checkpoint's weights
     step: int
 
-# %% ../../nbs/69_run.py #open_run@72841d6e
+# %% ../../nbs/69_run.py #open_run@6be1957d
 def open_run(folder: Path) -> Run:
     """Open the run in `folder` at its newest checkpoint. Raises UserError where there is none."""
     config = load_run_config(folder)
     steps = checkpoint_steps(folder / "checkpoints")
     if not steps:
         raise UserError(f"{folder}: has no checkpoint yet; train it first")
-    model = Qwen3Moe(config.model)
+    model = build(config.model)
     load_weights(checkpoint_path(folder / "checkpoints", steps[-1]), model)
     return Run(config, load_tokenizer(folder / "tokenizer.json"), model, steps[-1])

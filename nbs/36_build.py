@@ -1,0 +1,35 @@
+# %% [markdown]
+# # From a config to a model
+#
+# > The type of the model's config says which family it is; this is the one place that looks at it.
+
+# %%
+#| default_exp models.build
+
+# %%
+#| export
+from pithtrain.config import DecoderConfig, Qwen3MoeConfig
+from pithtrain.models.decoder import Decoder
+from pithtrain.models.qwen3_moe import qwen3_moe
+from pithtrain.models.stages import Place
+
+
+# %%
+#| export
+def build(config: DecoderConfig, place: Place = Place()) -> Decoder:
+    """The model that `config` describes, or the part of it that `place` asks for; weights not yet drawn."""
+    match config:
+        case Qwen3MoeConfig():
+            return qwen3_moe(config, place)
+    raise TypeError(f"{type(config).__name__} is the config of no family")
+
+
+# %%
+import torch
+
+with torch.device("meta"):  # shapes without memory
+    model = build(Qwen3MoeConfig())
+print(model)
+
+# %% [markdown]
+# Next: text for it to read: the [corpus](60_corpus.py).
