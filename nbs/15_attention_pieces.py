@@ -203,7 +203,8 @@ for ax, (name, case) in zip(axes, cases.items(), strict=True):
         corner = piece.keys.start - 0.5, piece.queries.start - 0.5
         ax.add_patch(plt.Rectangle(corner, len(columns), len(rows), fill=False, edgecolor="C3"))
     ax.imshow(seen, cmap="Greys", vmin=0, vmax=1.4)
-    ax.set(title=f"{name}\n{int(seen.sum())} scores seen, {computed} computed", xlabel="key position")
+    ax.set(xlabel="key position")
+    ax.set_title(f"{name}\n{int(seen.sum())} scores seen, {computed} computed", fontsize=9)
 axes[0].set_ylabel("query position")
 fig.tight_layout()
 fig
@@ -248,10 +249,10 @@ def piece_scores(q: Tensor, k: Tensor, scale: float, piece: Piece) -> Tensor:
 
 # %%
 #| export
-def flash_fits(q: Tensor, v: Tensor) -> bool:
-    """Whether FlashAttention's kernels take these queries and values."""
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    return q.is_cuda and half and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0 and v.shape[-1] <= q.shape[-1]
+def flash_fits(q: Tensor, value_features: int) -> bool:
+    """Whether FlashAttention's kernels take these queries, with values of so many features."""
+    half, features = q.dtype in (torch.bfloat16, torch.float16), q.shape[-1]
+    return q.is_cuda and half and features <= 256 and features % 8 == 0 and value_features <= features
 
 
 # %%
@@ -259,6 +260,7 @@ def flash_fits(q: Tensor, v: Tensor) -> bool:
 def flash_layout(piece: Piece, features: int, *tensors: Tensor) -> list[Tensor]:
     """(B, heads, tokens, D) to (B, tokens, heads, features), or (tokens of all rows, ...) if there are cuts."""
     laid = [F.pad(t, (0, features - t.shape[-1])).transpose(1, 2) for t in tensors]
+    laid = [t if t.stride(-1) == 1 else t.contiguous() for t in laid]
     return laid if piece.cuts is None else [t.flatten(0, 1) for t in laid]
 
 
@@ -283,7 +285,7 @@ def attend_piece(q: Tensor, k: Tensor, v: Tensor, scale: float, piece: Piece) ->
     """
     q, k, v = q[piece.rows, :, piece.queries], k[piece.rows, :, piece.keys], v[piece.rows, :, piece.keys]
     (batch, heads, queries, features), (kv_heads, wide) = q.shape, v.shape[1::2]
-    if flash_fits(q, v):
+    if flash_fits(q, wide):
         arguments, band = flash_arguments(q, k, piece)
         laid = flash_layout(piece, features, q, k, v)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(*laid, *arguments, False, scale=scale, **band)
@@ -307,7 +309,7 @@ def piece_gradients(
     grad, q, out, lse = (t[piece.rows, :, piece.queries] for t in (grad, q, out, lse))
     k, v = k[piece.rows, :, piece.keys], v[piece.rows, :, piece.keys]
     (batch, heads, queries, features), (kv_heads, wide) = q.shape, v.shape[1::2]
-    if flash_fits(q, v):
+    if flash_fits(q, wide):
         arguments, band = flash_arguments(q, k, piece)
         laid = flash_layout(piece, features, grad, q, k, v, out)
         lse = lse.contiguous() if piece.cuts is None else lse.transpose(0, 1).reshape(heads, -1)
@@ -322,6 +324,26 @@ def piece_gradients(
     dv = shares.mT @ grad
     dscores = shares.mul_((grad @ v.mT).sub_((grad * out).sum(dim=-1, keepdim=True))).mul_(scale)
     return (dscores @ k).view(batch, heads, queries, features), dscores.mT @ q, dv
+
+
+# %%
+#| export
+def block_gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    cut: list[Piece],
+    *totals: Tensor,
+) -> None:
+    """Add the gradients of all pieces of a block to `totals`, those of q, k and v, in place."""
+    for piece in cut:
+        parts = piece_gradients(grad, q, k, v, out, lse, scale, piece)
+        for total, part, tokens in zip(totals, parts, (piece.queries, piece.keys, piece.keys), strict=True):
+            total[piece.rows, :, tokens] += part
 
 
 # %% [markdown]
@@ -420,14 +442,13 @@ class AttendPieces(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         q, k, v, sinks, out, lse = ctx.saved_tensors
-        dq = torch.empty_like(q)
-        dk, dv = (torch.zeros_like(t, dtype=lse.dtype) for t in (k, v))
-        for piece in ctx.cut:
-            dq[piece.rows, :, piece.queries], *rest = piece_gradients(grad, q, k, v, out, lse, ctx.scale, piece)
-            for total, part in zip((dk, dv), rest, strict=True):
-                total[piece.rows, :, piece.keys] += part
+        if len(ctx.cut) == 1 and q.shape[2] == k.shape[2]:
+            dq, dk, dv = piece_gradients(grad, q, k, v, out, lse, ctx.scale, ctx.cut[0])
+        else:
+            dq, dk, dv = (torch.zeros_like(t, dtype=lse.dtype) for t in (q, k, v))
+            block_gradients(grad, q, k, v, out, lse, ctx.scale, ctx.cut, dq, dk, dv)
         dsinks = None if sinks is None else sink_gradients(grad, out, lse, sinks)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None, None
 
 
 # %% [markdown]

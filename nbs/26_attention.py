@@ -160,7 +160,7 @@ class OneRank:
         if documents is not None and queries != keys:
             raise ValueError(f"documents: {queries} queries meet {keys} keys; packed documents have no cache")
         bounds = None if documents is None else documents.tolist()
-        tile = None if flash_fits(q, v) else TILE
+        tile = None if flash_fits(q, v.shape[-1]) else TILE
         cut = pieces([range(keys - queries, keys)], [range(keys)], rows, keys, window, bounds, tile)
         return AttendPieces.apply(q, k, v, sinks, scale, cut)
 

@@ -112,7 +112,7 @@ def test_values_and_gradients(case, device, dtype, kv_heads, wide):
     inputs = [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes]
     if not case["sinks"]:
         inputs[3] = None
-    tile = None if flash_fits(inputs[0], inputs[2]) else 10
+    tile = None if flash_fits(inputs[0], wide) else 10
     assert (tile is None) == (device == "cuda")
     cut = pieces([range(33)], [range(33)], 2, 33, case["window"], case["documents"], tile)
     upstream = torch.randn(2, 6, 33, wide, device=device).to(dtype)

@@ -4,7 +4,8 @@
 
 # %% auto
 __all__ = ['TILE', 'Piece', 'pieces', 'offsets', 'documents_from', 'grouped', 'piece_scores', 'flash_fits', 'flash_layout',
-           'flash_arguments', 'attend_piece', 'piece_gradients', 'merge', 'add_sinks', 'sink_gradients', 'AttendPieces']
+           'flash_arguments', 'attend_piece', 'piece_gradients', 'block_gradients', 'merge', 'add_sinks',
+           'sink_gradients', 'AttendPieces']
 
 # %% ../../nbs/15_attention_pieces.py #imports@85e37749
 from bisect import bisect_right
@@ -120,16 +121,17 @@ def piece_scores(q: Tensor, k: Tensor, scale: float, piece: Piece) -> Tensor:
         hidden |= ahead < -piece.left
     return scores.masked_fill_(hidden.repeat(q.shape[1] // k.shape[1], 1), -torch.inf)
 
-# %% ../../nbs/15_attention_pieces.py #flash_fits@c1e318d9
-def flash_fits(q: Tensor, v: Tensor) -> bool:
-    """Whether FlashAttention's kernels take these queries and values."""
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    return q.is_cuda and half and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0 and v.shape[-1] <= q.shape[-1]
+# %% ../../nbs/15_attention_pieces.py #flash_fits@7f1c9a25
+def flash_fits(q: Tensor, value_features: int) -> bool:
+    """Whether FlashAttention's kernels take these queries, with values of so many features."""
+    half, features = q.dtype in (torch.bfloat16, torch.float16), q.shape[-1]
+    return q.is_cuda and half and features <= 256 and features % 8 == 0 and value_features <= features
 
-# %% ../../nbs/15_attention_pieces.py #flash_layout@b2ddbac5
+# %% ../../nbs/15_attention_pieces.py #flash_layout@b2a06a1a
 def flash_layout(piece: Piece, features: int, *tensors: Tensor) -> list[Tensor]:
     """(B, heads, tokens, D) to (B, tokens, heads, features), or (tokens of all rows, ...) if there are cuts."""
     laid = [F.pad(t, (0, features - t.shape[-1])).transpose(1, 2) for t in tensors]
+    laid = [t if t.stride(-1) == 1 else t.contiguous() for t in laid]
     return laid if piece.cuts is None else [t.flatten(0, 1) for t in laid]
 
 # %% ../../nbs/15_attention_pieces.py #flash_arguments@afe98c4d
@@ -142,7 +144,7 @@ def flash_arguments(q: Tensor, k: Tensor, piece: Piece) -> tuple[tuple, dict[str
     cuts, longest = piece.cuts.to(q.device, non_blocking=True), int(piece.cuts.diff().max())
     return (cuts, cuts, longest, longest, 0.0, causal), window
 
-# %% ../../nbs/15_attention_pieces.py #attend_piece@79ce655e
+# %% ../../nbs/15_attention_pieces.py #attend_piece@a7f50431
 def attend_piece(q: Tensor, k: Tensor, v: Tensor, scale: float, piece: Piece) -> tuple[Tensor, Tensor]:
     """Attention within a piece of q (B, heads, S, D), k (B, kv_heads, L, D), v (B, kv_heads, L, Dv).
 
@@ -150,7 +152,7 @@ def attend_piece(q: Tensor, k: Tensor, v: Tensor, scale: float, piece: Piece) ->
     """
     q, k, v = q[piece.rows, :, piece.queries], k[piece.rows, :, piece.keys], v[piece.rows, :, piece.keys]
     (batch, heads, queries, features), (kv_heads, wide) = q.shape, v.shape[1::2]
-    if flash_fits(q, v):
+    if flash_fits(q, wide):
         arguments, band = flash_arguments(q, k, piece)
         laid = flash_layout(piece, features, q, k, v)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(*laid, *arguments, False, scale=scale, **band)
@@ -164,7 +166,7 @@ def attend_piece(q: Tensor, k: Tensor, v: Tensor, scale: float, piece: Piece) ->
     out = (shares @ grouped(v, kv_heads)) / total
     return out.view(batch, heads, queries, wide), (top + total.log()).view(batch, heads, queries)
 
-# %% ../../nbs/15_attention_pieces.py #piece_gradients@8d6de15a
+# %% ../../nbs/15_attention_pieces.py #piece_gradients@c0222ba2
 def piece_gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, piece: Piece
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,7 +174,7 @@ def piece_gradients(
     grad, q, out, lse = (t[piece.rows, :, piece.queries] for t in (grad, q, out, lse))
     k, v = k[piece.rows, :, piece.keys], v[piece.rows, :, piece.keys]
     (batch, heads, queries, features), (kv_heads, wide) = q.shape, v.shape[1::2]
-    if flash_fits(q, v):
+    if flash_fits(q, wide):
         arguments, band = flash_arguments(q, k, piece)
         laid = flash_layout(piece, features, grad, q, k, v, out)
         lse = lse.contiguous() if piece.cuts is None else lse.transpose(0, 1).reshape(heads, -1)
@@ -187,6 +189,24 @@ def piece_gradients(
     dv = shares.mT @ grad
     dscores = shares.mul_((grad @ v.mT).sub_((grad * out).sum(dim=-1, keepdim=True))).mul_(scale)
     return (dscores @ k).view(batch, heads, queries, features), dscores.mT @ q, dv
+
+# %% ../../nbs/15_attention_pieces.py #block_gradients@0fbdd77e
+def block_gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    cut: list[Piece],
+    *totals: Tensor,
+) -> None:
+    """Add the gradients of all pieces of a block to `totals`, those of q, k and v, in place."""
+    for piece in cut:
+        parts = piece_gradients(grad, q, k, v, out, lse, scale, piece)
+        for total, part, tokens in zip(totals, parts, (piece.queries, piece.keys, piece.keys), strict=True):
+            total[piece.rows, :, tokens] += part
 
 # %% ../../nbs/15_attention_pieces.py #merge@3a0dbc71
 def merge(out: Tensor, lse: Tensor, piece: Piece, piece_out: Tensor, piece_lse: Tensor) -> None:
@@ -209,7 +229,7 @@ def sink_gradients(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Ten
     share = (sinks.to(lse.dtype).unsqueeze(-1) - lse).exp_()
     return -(share * (grad.to(lse.dtype) * out).sum(dim=-1)).sum(dim=(0, 2)).to(sinks.dtype)
 
-# %% ../../nbs/15_attention_pieces.py #AttendPieces@8e8c1275
+# %% ../../nbs/15_attention_pieces.py #AttendPieces@6c4bf746
 class AttendPieces(torch.autograd.Function):
     """Attention in pieces that share no query: (q, k, v, sinks or None, scale, pieces) -> out, as `attend_piece`."""
 
@@ -234,11 +254,10 @@ class AttendPieces(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         q, k, v, sinks, out, lse = ctx.saved_tensors
-        dq = torch.empty_like(q)
-        dk, dv = (torch.zeros_like(t, dtype=lse.dtype) for t in (k, v))
-        for piece in ctx.cut:
-            dq[piece.rows, :, piece.queries], *rest = piece_gradients(grad, q, k, v, out, lse, ctx.scale, piece)
-            for total, part in zip((dk, dv), rest, strict=True):
-                total[piece.rows, :, piece.keys] += part
+        if len(ctx.cut) == 1 and q.shape[2] == k.shape[2]:
+            dq, dk, dv = piece_gradients(grad, q, k, v, out, lse, ctx.scale, ctx.cut[0])
+        else:
+            dq, dk, dv = (torch.zeros_like(t, dtype=lse.dtype) for t in (q, k, v))
+            block_gradients(grad, q, k, v, out, lse, ctx.scale, ctx.cut, dq, dk, dv)
         dsinks = None if sinks is None else sink_gradients(grad, out, lse, sinks)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None, None

@@ -71,7 +71,7 @@ def expand_latent(latent: Tensor, key_rope: Tensor, expand: Tensor, head_dim: in
     shared = key_rope.unsqueeze(1).expand(-1, heads, -1, -1)
     return torch.cat([both[..., :unrotated], shared], dim=-1), both[..., unrotated:]
 
-# %% ../../nbs/26_attention.py #OneRank@d9b1f7cd
+# %% ../../nbs/26_attention.py #OneRank@8596c712
 class OneRank:
     """The core of a rank that holds whole sequences."""
 
@@ -92,7 +92,7 @@ class OneRank:
         if documents is not None and queries != keys:
             raise ValueError(f"documents: {queries} queries meet {keys} keys; packed documents have no cache")
         bounds = None if documents is None else documents.tolist()
-        tile = None if flash_fits(q, v) else TILE
+        tile = None if flash_fits(q, v.shape[-1]) else TILE
         cut = pieces([range(keys - queries, keys)], [range(keys)], rows, keys, window, bounds, tile)
         return AttendPieces.apply(q, k, v, sinks, scale, cut)
 
