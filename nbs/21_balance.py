@@ -87,17 +87,24 @@ print("the skewed router above:", round(switch_loss(probs, expert_load(ids, 8)).
 
 # %%
 #| export
-def sequence_loss(probs: Tensor, expert_ids: Tensor, sequences: int) -> Tensor:
-    """`switch_loss` over each of `sequences` equally long sequences apart, then their mean.
+def sequence_load(expert_ids: Tensor, sequences: int, experts: int) -> Tensor:
+    """Pairs that each expert gets from each of `sequences` equally long ones, (sequences, experts) int64.
 
-    `probs` (T, E) and `expert_ids` (T, K) hold the sequences one after the other.
-    Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
+    `expert_ids` (T, K) holds the sequences one after the other.
     """
-    experts = probs.shape[-1]
     chosen = expert_ids.reshape(sequences, -1)
-    load = torch.zeros(sequences, experts, dtype=torch.long, device=probs.device)
-    load.scatter_add_(1, chosen, torch.ones_like(chosen))
-    return switch_loss(probs.reshape(sequences, -1, experts), load)
+    load = torch.zeros(sequences, experts, dtype=torch.long, device=expert_ids.device)
+    return load.scatter_add_(1, chosen, torch.ones_like(chosen))
+
+
+# %%
+#| export
+def sequence_loss(probs: Tensor, load: Tensor) -> Tensor:
+    """`switch_loss` over each sequence apart, then their mean; `load` (sequences, E) as from `sequence_load`.
+
+    `probs` (T, E) holds the sequences one after the other. Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
+    """
+    return switch_loss(probs.reshape(len(load), -1, probs.shape[-1]), load)
 
 
 # %% [markdown]
@@ -110,7 +117,7 @@ ids = torch.stack([2 * own, 2 * own + 1], dim=1)
 probs = torch.zeros(64, 8).scatter_(1, ids, 0.5)
 print("one microbatch of all four:  ", switch_loss(probs, expert_load(ids, 8)).item())
 print("a microbatch of one sequence:", switch_loss(probs[:16], expert_load(ids[:16], 8)).item())
-print("sequence:                    ", sequence_loss(probs, ids, sequences=4).item())
+print("sequence:                    ", sequence_loss(probs, sequence_load(ids, 4, 8)).item())
 print("global over four microbatches:", switch_loss(probs[:16], expert_load(ids, 8)).item())
 
 # %% [markdown]
@@ -122,20 +129,19 @@ print("global over four microbatches:", switch_loss(probs[:16], expert_load(ids,
 
 # %%
 #| export
-def balance_loss(
-    routing: list[Routed], load: Tensor, load_so_far: Tensor, sequences: int, coefficients: BalanceConfig
-) -> Tensor:
+def balance_loss(routing: list[Routed], load: Tensor, load_so_far: Tensor, coefficients: BalanceConfig) -> Tensor:
     """The weighted sum of the three forms for one microbatch, a scalar: the sum over layers.
 
-    `routing` has an entry a layer; `load` (layers, E) is the microbatch's, `load_so_far` (layers, E) that of
-    the whole step up to and with this microbatch; `sequences` equally long ones make up the microbatch.
+    `routing` has an entry a layer; `load` (layers, sequences, E) is that of each sequence of the microbatch,
+    `load_so_far` (layers, E) that of the whole step up to and with this microbatch. A rank that holds only
+    part of the tokens gives the loads of all of them, and gets its part of the loss.
     """
     total = torch.zeros((), device=load.device)
     for routed, own, step_load in zip(routing, load, load_so_far, strict=True):
         if coefficients.micro_batch:
-            total = total + coefficients.micro_batch * switch_loss(routed.probs, own)
+            total = total + coefficients.micro_batch * switch_loss(routed.probs, own.sum(dim=0))
         if coefficients.sequence:
-            total = total + coefficients.sequence * sequence_loss(routed.probs, routed.expert_ids, sequences)
+            total = total + coefficients.sequence * sequence_loss(routed.probs, own)
         if coefficients.global_batch:
             total = total + coefficients.global_batch * switch_loss(routed.probs, step_load)
     return total
@@ -143,9 +149,9 @@ def balance_loss(
 
 # %%
 routed = Routed(probs, ids, probs)
-load = expert_load(ids, 8)[None]
+load = sequence_load(ids, 4, 8)[None]
 for coefficients in (BalanceConfig(sequence=0.01, global_batch=0.0), BalanceConfig(global_batch=0.01)):
-    print(coefficients, round(balance_loss([routed], load, load, 4, coefficients).item(), 4))
+    print(coefficients, round(balance_loss([routed], load, load.sum(dim=1), coefficients).item(), 4))
 
 # %% [markdown]
 # ## Without a loss

@@ -12,6 +12,7 @@ from pithtrain.layers.balance import (
     balance_loss,
     expert_load,
     routing_entropy,
+    sequence_load,
     sequence_loss,
     switch_loss,
     update_bias,
@@ -63,7 +64,7 @@ def test_sequence_loss(size, sequences):
     routed = routing(T * sequences, E, K, seed)
     pieces = [slice(i * T, (i + 1) * T) for i in range(sequences)]
     expected = sum(naive_switch(routed.probs[p], routed.expert_ids[p], routed.expert_ids[p]) for p in pieces)
-    got = sequence_loss(routed.probs, routed.expert_ids, sequences).item()
+    got = sequence_loss(routed.probs, sequence_load(routed.expert_ids, sequences, routed.probs.shape[-1])).item()
     assert got == pytest.approx(expected / sequences, rel=1e-5)
 
 
@@ -76,7 +77,7 @@ def test_one_at_balance_and_E_at_collapse(E):
     all_last = torch.full((T, 1), E - 1)
     for probs, ids, expected in ((balanced, even_ids, 1.0), (collapsed, all_last, float(E))):
         assert switch_loss(probs, expert_load(ids, E)).item() == pytest.approx(expected, rel=1e-6)
-        assert sequence_loss(probs, ids, 3).item() == pytest.approx(expected, rel=1e-6)
+        assert sequence_loss(probs, sequence_load(ids, 3, probs.shape[-1])).item() == pytest.approx(expected, rel=1e-6)
     # f even or P even is enough for 1: the loss is a product of the two
     assert switch_loss(collapsed, expert_load(even_ids, E)).item() == pytest.approx(1.0, rel=1e-6)
     assert switch_loss(balanced, expert_load(all_last, E)).item() == pytest.approx(1.0, rel=1e-6)
@@ -91,9 +92,11 @@ def test_scopes_order_and_meet():
     """One sequence: sequence and micro-batch agree. Equal sequences: all three agree."""
     routed = routing(12, 6, 2)
     micro = switch_loss(routed.probs, expert_load(routed.expert_ids, 6))
-    torch.testing.assert_close(sequence_loss(routed.probs, routed.expert_ids, 1), micro)
+    torch.testing.assert_close(
+        sequence_loss(routed.probs, sequence_load(routed.expert_ids, 1, routed.probs.shape[-1])), micro
+    )
     probs, ids = routed.probs.repeat(3, 1), routed.expert_ids.repeat(3, 1)
-    torch.testing.assert_close(sequence_loss(probs, ids, 3), micro)
+    torch.testing.assert_close(sequence_loss(probs, sequence_load(ids, 3, probs.shape[-1])), micro)
     torch.testing.assert_close(switch_loss(probs, expert_load(ids, 6)), micro)
 
 
@@ -112,7 +115,7 @@ def test_gradients_by_finite_differences():
     load = expert_load(routed.expert_ids, 5)
     probs = routed.probs.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda p: switch_loss(p, load), probs)
-    assert torch.autograd.gradcheck(lambda p: sequence_loss(p, routed.expert_ids, 3), probs)
+    assert torch.autograd.gradcheck(lambda p: sequence_loss(p, sequence_load(routed.expert_ids, 3, p.shape[-1])), probs)
 
 
 def test_descent_moves_probability_from_busy_to_idle_experts():
@@ -137,7 +140,10 @@ def test_non_contiguous():
     ids = routed.expert_ids.t().contiguous().t()
     assert not probs.is_contiguous() and not ids.is_contiguous()
     torch.testing.assert_close(
-        sequence_loss(probs, ids, 3), sequence_loss(routed.probs, routed.expert_ids, 3), rtol=1e-6, atol=0
+        sequence_loss(probs, sequence_load(ids, 3, probs.shape[-1])),
+        sequence_loss(routed.probs, sequence_load(routed.expert_ids, 3, routed.probs.shape[-1])),
+        rtol=1e-6,
+        atol=0,
     )
     assert torch.equal(expert_load(ids, 6), expert_load(routed.expert_ids, 6))
 
@@ -145,7 +151,7 @@ def test_non_contiguous():
 def test_sequences_that_do_not_divide_the_tokens():
     routed = routing(9, 4, 2)
     with pytest.raises(RuntimeError):
-        sequence_loss(routed.probs, routed.expert_ids, 2)
+        sequence_loss(routed.probs, sequence_load(routed.expert_ids, 2, routed.probs.shape[-1]))
 
 
 COEFFICIENTS = BalanceConfig(micro_batch=0.3, sequence=0.05, global_batch=0.7)
@@ -157,9 +163,9 @@ def test_all_forms_over_layers_and_accumulation():
     step = [[routing(T, E, K, seed=10 * m + layer) for layer in range(layers)] for m in range(3)]
     so_far = torch.zeros(layers, E, dtype=torch.long)
     for m, micro in enumerate(step):
-        own = torch.stack([expert_load(r.expert_ids, E) for r in micro])
-        so_far += own
-        got = balance_loss(micro, own, so_far, sequences, COEFFICIENTS)
+        own = torch.stack([sequence_load(r.expert_ids, sequences, E) for r in micro])
+        so_far += own.sum(dim=1)
+        got = balance_loss(micro, own, so_far, COEFFICIENTS)
         expected = 0.0
         for layer, r in enumerate(micro):
             seen = torch.cat([step[i][layer].expert_ids for i in range(m + 1)])
@@ -179,10 +185,10 @@ def test_global_form_over_a_step_of_specialised_microbatches():
     loads = [expert_load(i, 4) for i in ids]
     one = BalanceConfig(global_batch=1.0)
     routed = [Routed(p, i, p) for p, i in zip(probs, ids, strict=True)]
-    assert balance_loss([routed[0]], loads[0][None], loads[0][None], 1, one).item() == pytest.approx(2.0)
-    assert balance_loss([routed[1]], loads[1][None], sum(loads)[None], 1, one).item() == pytest.approx(1.0)
+    assert balance_loss([routed[0]], loads[0][None, None], loads[0][None], one).item() == pytest.approx(2.0)
+    assert balance_loss([routed[1]], loads[1][None, None], sum(loads)[None], one).item() == pytest.approx(1.0)
     micro = BalanceConfig(micro_batch=1.0, global_batch=0.0)
-    assert balance_loss([routed[1]], loads[1][None], sum(loads)[None], 1, micro).item() == pytest.approx(2.0)
+    assert balance_loss([routed[1]], loads[1][None, None], sum(loads)[None], micro).item() == pytest.approx(2.0)
 
 
 def test_gradient_of_all_forms_reaches_the_router_only_through_probs():
@@ -190,10 +196,14 @@ def test_gradient_of_all_forms_reaches_the_router_only_through_probs():
     tokens = torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
     routed = route(tokens, weight, torch.zeros(6), 2, True)
     load = expert_load(routed.expert_ids, 6)
-    (got,) = torch.autograd.grad(balance_loss([routed], load[None], load[None], 3, COEFFICIENTS), weight)
+    (got,) = torch.autograd.grad(
+        balance_loss([routed], sequence_load(routed.expert_ids, 3, 6)[None], load[None], COEFFICIENTS), weight
+    )
     weight64 = weight.detach().double().requires_grad_()
     probs = torch.softmax(tokens.double() @ weight64.t(), dim=1)
-    loss = (0.3 + 0.7) * switch_loss(probs, load) + 0.05 * sequence_loss(probs, routed.expert_ids, 3)
+    loss = (0.3 + 0.7) * switch_loss(probs, load) + 0.05 * sequence_loss(
+        probs, sequence_load(routed.expert_ids, 3, probs.shape[-1])
+    )
     (expected,) = torch.autograd.grad(loss, weight64)
     assert (got - expected).norm() < 1e-5 * expected.norm()
 
@@ -202,9 +212,9 @@ def test_no_coefficient_is_no_loss_and_layers_must_match():
     routed = routing(8, 4, 2)
     load = expert_load(routed.expert_ids, 4)[None]
     off = BalanceConfig(global_batch=0.0)
-    assert balance_loss([routed], load, load, 1, off).item() == 0.0
+    assert balance_loss([routed], load[None], load, off).item() == 0.0
     with pytest.raises(ValueError):
-        balance_loss([routed, routed], load, load, 1, off)
+        balance_loss([routed, routed], load[None], load, off)
 
 
 @settings(max_examples=50, deadline=None)
