@@ -1,0 +1,153 @@
+# %% [markdown]
+# # Clamped experts with biases
+#
+# > The expert MLPs of GPT-OSS: a SwiGLU whose inputs are clamped, and a bias on every product.
+#
+# [Experts](22_experts.py) multiply two projections of a token with each other, so a single large feature can
+# grow as the square. GPT-OSS (arXiv 2508.10925) holds both factors within a limit, which also keeps them
+# within the range of the 4-bit format that its weights are published in.
+
+# %%
+#| default_exp layers.clamped_experts
+
+# %%
+#| export
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# %% [markdown]
+# ## The maths
+#
+# With gate $g = G_e x + c_e$ and up projection $u = U_e x + d_e$ of expert $e$, both clamped at $\ell = 7$
+# (the gate from above alone, since its negative side is flat),
+#
+# $$y = \sum_{e \in S} w_e \left( D_e\, \big( g\, \sigma(1.702\, g) \odot (u + 1) \big) + f_e \right).$$
+#
+# $g\,\sigma(1.702\,g)$ is close to GELU, and the 1 lets the gate pass where $u$ is zero. The bias $f_e$ is inside
+# the bracket: the routing weight scales it too.
+
+
+# %%
+#| export
+def clamped_swiglu(pre: Tensor, limit: float = 7.0) -> Tensor:
+    """(..., 2D), gates first, to (..., D): gate * sigmoid(1.702 gate) * (up + 1), both held within `limit`."""
+    gate, up = pre.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+# %% [markdown]
+# Beside the usual SwiGLU, over the gate, with the up projection held at some values. Solid lines stop growing
+# at 7; the clamped form passes something where $u = 0$ and nothing at $u = -1$.
+
+# %%
+import matplotlib.pyplot as plt
+
+gate = torch.linspace(-6, 12, 200)
+fig, ax = plt.subplots(figsize=(6.5, 3.2))
+for colour, up in (("C0", -1.0), ("C1", 0.0), ("C2", 1.0), ("C3", 12.0)):
+    ax.plot(gate, clamped_swiglu(torch.stack([gate, torch.full_like(gate, up)], dim=1)), colour, label=f"u = {up:g}")
+    ax.plot(gate, F.silu(gate) * up, colour, ls=":")
+ax.set(title="Clamped SwiGLU (solid) and SwiGLU (dotted)", xlabel="gate g", ylabel="output", ylim=(-12, 80))
+ax.legend()
+fig
+
+# %% [markdown]
+# The smallest true implementation:
+
+
+# %%
+def clamped_experts_reference(tokens, expert_ids, weights, gate_up, gate_up_bias, down, down_bias):
+    """Shapes as in `ClampedExperts`."""
+    output = torch.zeros_like(tokens)
+    for expert in range(len(gate_up)):
+        rows, slots = torch.where(expert_ids == expert)
+        activated = clamped_swiglu(F.linear(tokens[rows], gate_up[expert], gate_up_bias[expert]))
+        expert_output = F.linear(activated, down[expert], down_bias[expert])
+        output = output.index_add(0, rows, weights[rows, slots, None].to(tokens.dtype) * expert_output)
+    return output
+
+
+# %% [markdown]
+# ## All experts at once
+#
+# As there, pairs of a token and an expert are sorted by expert. torch's `grouped_mm` then multiplies each run with
+# its expert's matrix, on the GPU in one kernel and without asking the host how long the runs are. Three
+# things follow from that:
+#
+# - A pair that is not computed here (id -1) sorts behind all runs. What `grouped_mm` leaves in its row is
+#   undefined, in the backward too, so its values are set to zero wherever they could meet others. Its row of
+#   the output is an extra one that is cut off.
+# - A row's bias is a product as well: with the matrix that has a 1 where the pair's expert is. Its gradient is
+#   then a product, not a scatter of all rows into a few.
+# - $\sum_e w_e f_e$ needs no pairs at all. It is the tokens' weights, laid out over all experts, times $f$.
+
+
+# %%
+#| export
+class ClampedExperts(nn.Module):
+    """`experts` clamped SwiGLU MLPs with biases, of width `expert_hidden`, stacked. Source: arXiv 2508.10925.
+
+    Both widths are multiples of 8: `grouped_mm` wants rows of whole 16 bytes. Raises ValueError otherwise.
+    """
+
+    def __init__(self, hidden: int, experts: int, expert_hidden: int):
+        super().__init__()
+        for name, width in (("hidden", hidden), ("expert_hidden", expert_hidden)):
+            if width % 8:
+                raise ValueError(f"{name}: {width} is not a multiple of 8, which clamped experts need")
+        self.gate_up = nn.Parameter(torch.empty(experts, 2 * expert_hidden, hidden))
+        self.gate_up_bias = nn.Parameter(torch.zeros(experts, 2 * expert_hidden))
+        self.down = nn.Parameter(torch.empty(experts, hidden, expert_hidden))
+        self.down_bias = nn.Parameter(torch.zeros(experts, hidden))
+
+    def forward(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """For each token the weighted sum of its experts' outputs: (T, H) in the dtype of `tokens` (T, H).
+
+        `expert_ids` (T, K), -1 for a pair that is not computed here; `weights` (T, K), fp32.
+        """
+        (count, _), top_k, experts = tokens.shape, expert_ids.shape[1], len(self.down)
+        gate_up, gate_up_bias, down, down_bias = (
+            parameter.to(tokens.dtype) for parameter in (self.gate_up, self.gate_up_bias, self.down, self.down_bias)
+        )
+        ids = expert_ids.where(expert_ids >= 0, experts)
+        sorted_ids, order = torch.sort(ids.flatten(), stable=True)
+        absent = (sorted_ids == experts).unsqueeze(1)
+        numbers = torch.arange(experts, device=ids.device)
+        ends = torch.searchsorted(sorted_ids, numbers, right=True).int()
+        chosen = (sorted_ids.unsqueeze(1) == numbers).to(tokens.dtype)
+        rows = (order // top_k).where(sorted_ids < experts, count)
+
+        x = F.pad(tokens, (0, 0, 0, 1)).index_select(0, rows)
+        pre = torch.addmm(F.grouped_mm(x, gate_up.mT, offs=ends), chosen, gate_up_bias).masked_fill(absent, 0)
+        activated = clamped_swiglu(pre) * weights.flatten()[order].unsqueeze(1).to(tokens.dtype)
+        pairs = F.grouped_mm(activated.masked_fill(absent, 0), down.mT, offs=ends)
+
+        shares = weights.new_zeros(count, experts + 1).scatter_add(1, ids, weights)[:, :-1]
+        output = torch.zeros(count + 1, tokens.shape[1], dtype=torch.float32, device=tokens.device)
+        output = output.index_add(0, rows, pairs.float())[:-1]
+        return torch.addmm(output, shares.float(), down_bias.float()).to(tokens.dtype)
+
+
+# %%
+torch.manual_seed(0)
+T, H, E, K, D = 12, 16, 4, 2, 24  # tokens, hidden, experts, top_k, expert hidden
+tokens = (4 * torch.randn(T, H)).requires_grad_()  # large enough to be clamped
+weights, expert_ids = torch.softmax(torch.randn(T, E), dim=1).topk(K)
+expert_ids[::3, 0] = -1
+layer = ClampedExperts(H, E, D)
+for parameter in layer.parameters():
+    torch.nn.init.normal_(parameter, std=0.3)
+leaves = [tokens, weights.requires_grad_(), *layer.parameters()]
+parts = (layer.gate_up, layer.gate_up_bias, layer.down, layer.down_bias)
+fast, slow = layer(tokens, expert_ids, weights), clamped_experts_reference(tokens, expert_ids, weights, *parts)
+upstream = torch.randn(T, H)
+fast_grads, slow_grads = (torch.autograd.grad(y, leaves, upstream) for y in (fast, slow))
+for a, b in zip((fast, *fast_grads), (slow, *slow_grads), strict=True):
+    assert (a - b).norm() <= 1e-5 * b.norm()
+    print(f"{tuple(a.shape)!s:14} relative difference {((a - b).norm() / b.norm()).item():.1e}")
+
+# %% [markdown]
+# Next: the parts of a layer that are not experts: [linear](23_linear.py). The family that these experts
+# belong to is [GPT-OSS](34_gpt_oss.py).
