@@ -196,7 +196,50 @@ class Qwen3MoeConfig(DecoderConfig):
 
 # %%
 #| export
-FAMILIES = (Qwen3MoeConfig,)  # the first is the default
+@dataclass(frozen=True)
+class DeepseekConfig(DecoderConfig):
+    """A DeepSeek decoder: V2 where scoring is "softmax", V3 where it is "sigmoid"."""
+
+    family: Literal["deepseek"] = knob("deepseek", "architecture of the model")
+    scoring: Literal["softmax", "sigmoid"] = knob("softmax", "scores of the experts; groups by their 1 or 2 best")
+    head_dim: int = knob(32, "features of a head's query and key that are not rotated", low=1)
+    rope_dim: int = knob(16, "features of a head's query and key that are rotated; even", low=2)
+    value_dim: int = knob(32, "features of a head's value", low=1)
+    latent_rank: int = knob(64, "features of the latent that keys and values are made from", low=1)
+    query_rank: int = knob(0, "features that queries are made from; 0: from the hidden state itself", low=0)
+    dense_layers: int = knob(1, "first layers, which have one MLP and no experts", low=0)
+    dense_hidden: int = knob(1024, "width of that MLP's inner layer, in features", low=1)
+    shared_experts: int = knob(1, "experts that every token visits", low=0)
+    groups: int = knob(1, "groups that the experts stand in; divides experts", low=1)
+    top_groups: int = knob(1, "groups that a token may choose its experts from", low=1)
+    renormalise: bool = knob(False, "rescale the weights of a token's top_k experts to sum to 1, before routed_scale")
+    routed_scale: float = knob(1.0, "factor on the weights of a token's experts", low=0.0)
+    yarn_factor: float = knob(1.0, "context length over that of training, by YaRN; 1: plain positions", low=1.0)
+    yarn_length: int = knob(4096, "positions of training that YaRN starts from", low=1)
+    yarn_beta_fast: float = knob(32.0, "turns in yarn_length from which a pair keeps its frequency", low=0.01)
+    yarn_beta_slow: float = knob(1.0, "turns in yarn_length up to which a pair is slowed by yarn_factor", low=0.01)
+    yarn_mscale: float = knob(1.0, "strength of YaRN's magnitude on the rotated features", low=0.0)
+    yarn_mscale_all_dim: float = knob(0.0, "strength of YaRN's magnitude on all features", low=0.0)
+
+    def problems(self) -> list[str]:
+        """What contradicts itself, each as "key: what is wrong"."""
+        found, size = super().problems(), self.experts // self.groups
+        if self.rope_dim % 2:
+            found += [f"rope_dim: {self.rope_dim} is odd; rotary positions pair features"]
+        if self.experts % self.groups:
+            found += [f"groups: {self.groups} does not divide experts, {self.experts}"]
+        if self.top_groups > self.groups:
+            found += [f"top_groups: {self.top_groups} is more than groups, {self.groups}"]
+        if self.top_k > self.top_groups * size:
+            found += [f"top_k: {self.top_k} is more than the {self.top_groups * size} experts of top_groups groups"]
+        if self.scoring == "sigmoid" and size < 2:
+            found += [f"groups: {self.groups} leaves groups of {size}; sigmoid scoring judges them by two experts"]
+        return found
+
+
+# %%
+#| export
+FAMILIES = (Qwen3MoeConfig, DeepseekConfig)  # the first is the default
 
 
 # %% [markdown]

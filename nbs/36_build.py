@@ -8,8 +8,9 @@
 
 # %%
 #| export
-from pithtrain.config import DecoderConfig, Qwen3MoeConfig
+from pithtrain.config import DecoderConfig, DeepseekConfig, Qwen3MoeConfig
 from pithtrain.models.decoder import Decoder
+from pithtrain.models.deepseek import deepseek
 from pithtrain.models.qwen3_moe import qwen3_moe
 from pithtrain.models.stages import Place
 
@@ -21,6 +22,8 @@ def build(config: DecoderConfig, place: Place = Place()) -> Decoder:
     match config:
         case Qwen3MoeConfig():
             return qwen3_moe(config, place)
+        case DeepseekConfig():
+            return deepseek(config, place)
     raise TypeError(f"{type(config).__name__} is the config of no family")
 
 

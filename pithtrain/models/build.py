@@ -5,16 +5,19 @@
 # %% auto
 __all__ = ['build']
 
-# %% ../../nbs/36_build.py #imports@05511395
-from ..config import DecoderConfig, Qwen3MoeConfig
+# %% ../../nbs/36_build.py #imports@3c46977b
+from ..config import DecoderConfig, DeepseekConfig, Qwen3MoeConfig
 from .decoder import Decoder
+from .deepseek import deepseek
 from .qwen3_moe import qwen3_moe
 from .stages import Place
 
-# %% ../../nbs/36_build.py #build@948860b3
+# %% ../../nbs/36_build.py #build@39060a77
 def build(config: DecoderConfig, place: Place = Place()) -> Decoder:
     """The model that `config` describes, or the part of it that `place` asks for; weights not yet drawn."""
     match config:
         case Qwen3MoeConfig():
             return qwen3_moe(config, place)
+        case DeepseekConfig():
+            return deepseek(config, place)
     raise TypeError(f"{type(config).__name__} is the config of no family")
