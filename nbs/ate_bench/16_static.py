@@ -1,0 +1,179 @@
+# %% [markdown]
+# # The static table: what a framework costs before any agent moves
+#
+# > Puts size, indirection, duplicates, errors and trails of several frameworks side by side.
+#
+# None of these figures needs a model, a GPU or a run; they repeat exactly. They do not say how an agent will
+# fare, they say what it will meet. Counts that grow with a framework's size stand for 1,000 lines, since a
+# large framework may do more.
+
+# %%
+#| default_exp static
+
+# %%
+#| export
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ate_bench.duplicates import find_duplicates
+from ate_bench.errors import Errors, count_errors
+from ate_bench.indirection import find_indirection
+from ate_bench.source import load_tokenizer, read_sources
+from ate_bench.trail import build_graph, find_trail, read_questions
+
+# %% [markdown]
+# ## One framework
+#
+# Compiled code is counted by its files as well: what stands in `.cpp` and `.cu` cannot be stepped through.
+
+# %%
+#| export
+KINDS = [
+    "registry",
+    "computed_name",
+    "string_dispatch",
+    "kwargs_forwarding",
+    "dynamic_import",
+    "global_state",
+    "compiled",
+]
+COMPILED = (".c", ".cc", ".cpp", ".cu", ".cuh", ".pyx", ".so", ".pyd")
+
+
+# %%
+#| export
+@dataclass(frozen=True)
+class Way:
+    """The answer's trail to one question; `links` 0 means that there is none."""
+
+    question: str
+    links: int
+    searches: int
+    files: int
+    tokens: int
+
+
+# %%
+#| export
+@dataclass(frozen=True)
+class StaticCost:
+    """What one framework costs to read. Counts are absolute."""
+
+    name: str
+    files: int
+    unparsed: int
+    lines: int
+    tokens: int
+    indirection: dict[str, int]
+    duplicate_share: float
+    errors: Errors
+    ways: list[Way]
+
+
+# %%
+#| export
+def static_cost(root: Path, questions: Path) -> StaticCost:
+    """Measure the package folder `root`; its questions are those that name its folder. Raises UserError."""
+    sources, count = read_sources(root), load_tokenizer()
+    tokens = {source.path: count(source.text) for source in sources}
+    kinds = Counter(finding.kind for source in sources for finding in find_indirection(source))
+    kinds["compiled"] += sum(path.suffix in COMPILED for path in root.rglob("*"))
+    graph, ways = build_graph(sources), []
+    for question in read_questions(questions, root.name):
+        trail = find_trail(graph, question.entry, question.target)
+        links = max(len(trail.names) - 1, 0)
+        ways.append(Way(question.text, links, trail.searches, len(trail.files), sum(tokens[p] for p in trail.files)))
+    return StaticCost(
+        name=root.name,
+        files=len(sources),
+        unparsed=sum(source.tree is None for source in sources),
+        lines=sum(len(source.text.splitlines()) for source in sources),
+        tokens=sum(tokens.values()),
+        indirection={kind: kinds[kind] for kind in KINDS},
+        duplicate_share=find_duplicates(sources).share,
+        errors=count_errors(sources),
+        ways=ways,
+    )
+
+
+# %%
+import ate_bench
+import pithtrain
+
+package = Path(ate_bench.__file__).parent
+costs = [static_cost(Path(pithtrain.__file__).parent, package / "questions.toml")]
+print(f"{costs[0].tokens:,} tokens in {costs[0].lines:,} lines")
+assert costs[0].unparsed == 0
+
+# %% [markdown]
+# ## The table
+
+
+# %%
+#| export
+def static_table(costs: list[StaticCost]) -> str:
+    """The costs as a Markdown table with a column for each framework."""
+
+    def rate(kind: str) -> list[str]:
+        return [f"{1000 * c.indirection[kind] / c.lines:.2f} ({c.indirection[kind]:,})" for c in costs]
+
+    rows = [("", [c.name for c in costs]), ("---", ["---:"] * len(costs))]
+    rows.append(("Python files", [f"{c.files:,}" for c in costs]))
+    rows.append(("lines", [f"{c.lines:,}" for c in costs]))
+    rows.append(("tokens to read it all", [f"{c.tokens:,}" for c in costs]))
+    rows += [(f"{kind} per 1,000 lines (all)", rate(kind)) for kind in KINDS]
+    rows.append(("duplicate code", [f"{c.duplicate_share:.1%}" for c in costs]))
+    rows.append(("raising places whose message holds a value", [f"{c.errors.telling:.0%}" for c in costs]))
+    rows.append(("raising places without a message", [f"{c.errors.mute:,}" for c in costs]))
+    rows.append(("handlers that swallow", [f"{c.errors.swallow:,}" for c in costs]))
+    for question in dict.fromkeys(way.question for c in costs for way in c.ways):
+        ways = [next((way for way in c.ways if way.question == question), None) for c in costs]
+        cells = [
+            "not asked" if w is None
+            else "no trail" if not w.links
+            else f"{w.files} files, {w.tokens:,} tokens, {w.links} links, {w.searches} searches"
+            for w in ways
+        ]  # fmt: skip
+        rows.append((question, cells))
+    return "\n".join(f"| {name} | {' | '.join(cells)} |" for name, cells in rows)
+
+
+# %%
+costs.append(static_cost(package, package / "questions.toml"))
+print(static_table(costs))
+
+
+# %% [markdown]
+# The same for programs, complete:
+
+
+# %%
+#| export
+def static_json(costs: list[StaticCost]) -> str:
+    """The costs as JSON."""
+    return json.dumps([asdict(cost) for cost in costs], indent=2)
+
+
+# %%
+assert json.loads(static_json(costs))[0]["name"] == "pithtrain"
+
+# %% [markdown]
+# Where the two packages of this repository differ from a line of their own kind: each bar is a kind of
+# indirection, for a thousand lines.
+
+# %%
+import matplotlib.pyplot as plt
+
+fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
+for shift, cost in zip((-0.2, 0.2), costs, strict=True):
+    rates = [1000 * cost.indirection[kind] / cost.lines for kind in KINDS]
+    ax.barh([i + shift for i in range(len(KINDS))], rates, height=0.4, label=cost.name)
+ax.set_yticks(range(len(KINDS)), KINDS)
+ax.set(title="Indirection", xlabel="places per 1,000 lines")
+ax.legend()
+fig
+
+# %% [markdown]
+# Next: [what an agent's session costs](20_session.py).
