@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pithtrain.config import DecoderConfig
 from pithtrain.layers.attention import Cache, Sequences
@@ -158,7 +157,7 @@ print([name for name, _ in toy(Place(layers=range(1, 4), first=False)).named_mod
 #| export
 @torch.no_grad()
 def initialise(model: Decoder, seed: int) -> None:
-    """Fill every matrix of `model`, whole or sharded, with normal values of deviation `config.init_std`."""
+    """Fill every matrix of `model` with normal values of deviation `config.init_std`."""
     config = model.config
     share = model.place.exchange.share(config.experts)
     for name, parameter in model.named_parameters():
@@ -174,11 +173,7 @@ def initialise(model: Decoder, seed: int) -> None:
             # One hash of it all: torch's CPU generator reads only the low 32 bits of a seed.
             generator = torch.Generator().manual_seed(zlib.crc32(one.encode()))
             draws.append(torch.randn(shape, generator=generator) * std)
-        values = torch.stack(draws) if stacked else draws[0]
-        if isinstance(parameter, DTensor):
-            mesh, placements = parameter.device_mesh, parameter.placements
-            values = distribute_tensor(values.to(mesh.device_type), mesh, placements, src_data_rank=None)
-        parameter.copy_(values)
+        parameter.copy_(torch.stack(draws) if stacked else draws[0])
 
 
 # %% [markdown]

@@ -137,7 +137,7 @@ class Mesh:
     cp_group: dist.ProcessGroup | None = None
     ep_group: dist.ProcessGroup | None = None
     token_group: dist.ProcessGroup | None = None  #: all ranks of a pipeline rank: they see different tokens
-    shards: DeviceMesh | None = None  #: (copies, shards) of weights other than experts'
+    shards: DeviceMesh | None = None  #: (copies, shards) or (shards,) of weights other than experts'
     expert_shards: DeviceMesh | None = None  #: (copies, shards) of experts' weights
     expert_order: DeviceMesh | None = None  #: (ep, shards): the pieces of a stack of experts, in global order
 
@@ -179,6 +179,7 @@ def make_mesh(config: MeshConfig, rank: int, world_size: int, device: torch.devi
         mesh_dim_names=("pp", "copies", "shards"),
     )
     tokens = DeviceMesh(device.type, ranks.view(axes.pp, -1), mesh_dim_names=("pp", "tokens"))
+    sharded = ("copies", "shards") if config.copies > 1 else "shards"
     order = torch.tensor(experts.mesh.tolist())[experts.get_local_rank("pp"), experts.get_local_rank("copies")].t()
     groups = [experts.get_group("ep"), experts.get_group("shards")]
     return Mesh(
@@ -190,8 +191,8 @@ def make_mesh(config: MeshConfig, rank: int, world_size: int, device: torch.devi
         cp_group=context.get_group("cp") if axes.cp > 1 else None,
         ep_group=experts.get_group("ep") if axes.ep > 1 else None,
         token_group=tokens.get_group("tokens") if axes.dp * axes.cp * axes.ep > 1 else None,
-        shards=others["copies", "shards"],
-        expert_shards=experts["copies", "shards"],
+        shards=others[sharded],
+        expert_shards=experts[sharded],
         expert_order=DeviceMesh.from_group(groups, device.type, order.contiguous(), mesh_dim_names=("ep", "shards")),
     )
 

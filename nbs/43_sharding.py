@@ -16,7 +16,8 @@
 
 # %%
 #| export
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from pithtrain.models.decoder import Decoder
 from pithtrain.parallel.mesh import Mesh
+from pithtrain.parallel.pipeline.engine import ModuleStage, Together
 
 # %% [markdown]
 # ## Which module is gathered when
@@ -38,21 +40,88 @@ from pithtrain.parallel.mesh import Mesh
 
 # %%
 #| export
-def shard(part: Decoder, mesh: Mesh) -> None:
-    """Shard the parameters of `part`, in place, over the ranks that hold the same ones."""
-    dtype = None if part.place.dtype == torch.float32 else part.place.dtype
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    shards, expert_shards = (m if mesh.copies > 1 else m["shards"] for m in (mesh.shards, mesh.expert_shards))
-    for layer in part.layers.values():
-        if isinstance(layer.experts, nn.Module):
-            fully_shard(layer.experts, mesh=expert_shards, mp_policy=policy)
-        fully_shard(layer, mesh=shards, mp_policy=policy)
-        register_fsdp_forward_method(layer, "attend")
-    fully_shard(part, mesh=shards, mp_policy=policy)
-    for module in part.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+def sum_gradients(module: nn.Module) -> None:
+    """Have gradients of a sharded module added over ranks, not averaged."""
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)
+
+
+# %%
+#| export
+def policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """Weights gathered in `dtype`, gradients added in fp32."""
+    gathered = None if dtype == torch.float32 else dtype
+    return MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+# %%
+#| export
+def shard_layer(layer: nn.Module, dtype: torch.dtype, mesh: Mesh) -> None:
+    """Shard a layer's parameters, in place, over the ranks that hold the same ones."""
+    if isinstance(layer.experts, nn.Module):
+        fully_shard(layer.experts, mesh=mesh.expert_shards, mp_policy=policy(dtype))
+        sum_gradients(layer.experts)
+    fully_shard(layer, mesh=mesh.shards, mp_policy=policy(dtype))
+    sum_gradients(layer)
+    register_fsdp_forward_method(layer, "attend")
+
+
+# %%
+#| export
+def shard_decoder(part: Decoder, mesh: Mesh) -> None:
+    """Shard what `part` has outside of its layers, which are sharded already."""
+    fully_shard(part, mesh=mesh.shards, mp_policy=policy(part.place.dtype))
+    sum_gradients(part)
+
+
+# %% [markdown]
+# ## As a stage of a pipeline
+#
+# Left alone, FSDP2 gathers and drops a layer's weights around each of its passes, and adds gradients up
+# after each backward. A pipeline's stage has many microbatches in flight, and its
+# [schedule](53_lower.py) says itself when weights are gathered and dropped and when gradients are added up.
+
+
+# %%
+#| export
+class ShardedStage(ModuleStage):
+    """A stage whose parameters are those of the sharded `part`, gathered and reduced when the schedule says."""
+
+    def __init__(self, module: Callable[[Tensor | None, Any], Tensor], part: Decoder):
+        super().__init__(module)
+        self.part = part
+        part.set_reshard_after_forward(False)
+        self.hold()
+
+    def hold(self) -> None:
+        """Between two reductions: leave weights gathered and gradients unreduced behind a backward."""
+        self.part.set_reshard_after_backward(False)
+        self.part.set_requires_gradient_sync(False)
+        self.part.set_is_last_backward(False)
+
+    def sharded(self) -> list[FSDPModule]:
+        return [module for module in self.part.modules() if isinstance(module, FSDPModule)]
+
+    def unshard(self) -> Together:
+        return Together(handle for module in self.sharded() if (handle := module.unshard(async_op=True)))
+
+    def reshard(self) -> None:
+        for module in self.sharded():
+            module.reshard()
+
+    def reduce(self) -> None:
+        self.part.set_requires_gradient_sync(True)
+        self.part.set_is_last_backward(True)
+        # FSDP2 has no public call for this; torch's own pipelines do the same.
+        root = fully_shard.state(self.part)
+        for state in root._state_ctx.all_states:
+            for group in (
+                state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+            ):
+                if group is not None:
+                    group.post_backward()
+        root._root_post_backward_final_callback()
+        self.hold()
 
 
 # %% [markdown]

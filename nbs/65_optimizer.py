@@ -8,6 +8,8 @@
 
 # %%
 #| export
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -44,13 +46,17 @@ torch.testing.assert_close(parameter.data, by_hand)
 
 # %%
 #| export
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over `model`: weight decay on parameters of two or more axes, none on vectors."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over named parameters: weight decay on those of two or more axes, none on vectors.
+
+    Experts, which are sharded over other ranks than the rest, are groups of their own.
+    """
+    groups = []
+    for experts in (False, True):
+        for matrices in (False, True):
+            chosen = [p for n, p in parameters.items() if (".experts." in n, p.dim() >= 2) == (experts, matrices)]
+            if chosen:
+                groups.append({"params": chosen, "weight_decay": config.weight_decay if matrices else 0.0})
     return torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
     )
@@ -60,7 +66,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 from pithtrain.config import Qwen3MoeConfig
 from pithtrain.models.build import build
 
-optimizer = make_optimizer(build(Qwen3MoeConfig()), OptimizerConfig())
+optimizer = make_optimizer(dict(build(Qwen3MoeConfig()).named_parameters()), OptimizerConfig())
 for group in optimizer.param_groups:
     print(f"weight decay {group['weight_decay']}: {sum(p.numel() for p in group['params']):,} parameters")
 

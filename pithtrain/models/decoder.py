@@ -5,13 +5,12 @@
 # %% auto
 __all__ = ['Decoder', 'initialise', 'count_parameters']
 
-# %% ../../nbs/31_decoder.py #imports@7c6ebd18
+# %% ../../nbs/31_decoder.py #imports@19f1276e
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..config import DecoderConfig
 from ..layers.attention import Cache, Sequences
@@ -84,10 +83,10 @@ class Decoder(nn.Module):
         """Scores (..., vocab_size) of the next token, fp32, from last hidden states (..., hidden)."""
         return (hidden @ self.head_weight.to(hidden.dtype).t()).float()
 
-# %% ../../nbs/31_decoder.py #initialise@5c4cef6e
+# %% ../../nbs/31_decoder.py #initialise@fd885eac
 @torch.no_grad()
 def initialise(model: Decoder, seed: int) -> None:
-    """Fill every matrix of `model`, whole or sharded, with normal values of deviation `config.init_std`."""
+    """Fill every matrix of `model` with normal values of deviation `config.init_std`."""
     config = model.config
     share = model.place.exchange.share(config.experts)
     for name, parameter in model.named_parameters():
@@ -103,11 +102,7 @@ def initialise(model: Decoder, seed: int) -> None:
             # One hash of it all: torch's CPU generator reads only the low 32 bits of a seed.
             generator = torch.Generator().manual_seed(zlib.crc32(one.encode()))
             draws.append(torch.randn(shape, generator=generator) * std)
-        values = torch.stack(draws) if stacked else draws[0]
-        if isinstance(parameter, DTensor):
-            mesh, placements = parameter.device_mesh, parameter.placements
-            values = distribute_tensor(values.to(mesh.device_type), mesh, placements, src_data_rank=None)
-        parameter.copy_(values)
+        parameter.copy_(torch.stack(draws) if stacked else draws[0])
 
 # %% ../../nbs/31_decoder.py #count_parameters@26763175
 def count_parameters(model: nn.Module, experts: int, top_k: int) -> tuple[int, int]:

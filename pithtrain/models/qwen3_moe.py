@@ -20,7 +20,7 @@ from ..layers.router import Routed, Router
 from .decoder import Decoder
 from .stages import Place
 
-# %% ../../nbs/32_qwen3_moe.py #Qwen3MoeLayer@540d5955
+# %% ../../nbs/32_qwen3_moe.py #Qwen3MoeLayer@ab218400
 class Qwen3MoeLayer(nn.Module):
     """One decoder layer, in the stages of `pithtrain.models.stages.Layer`."""
 
@@ -36,7 +36,7 @@ class Qwen3MoeLayer(nn.Module):
     def attend(self, hidden: Tensor, sequences: Sequences, cache: Cache | None = None) -> tuple[Tensor, Tensor, Routed]:
         """Stage 1: attention, then routing of the normalised tokens."""
         residual = hidden + self.attention(self.attention_norm(hidden), sequences, cache)
-        tokens = self.expert_norm(residual).flatten(0, 1)
+        tokens = self.expert_norm(residual.flatten(0, 1))
         return residual, tokens, self.router(tokens)
 
     def aggregate(self, residual: Tensor, expert_output: Tensor) -> Tensor:

@@ -5,20 +5,26 @@
 # %% auto
 __all__ = ['make_optimizer', 'learning_rate']
 
-# %% ../../nbs/65_optimizer.py #imports@9c94040a
+# %% ../../nbs/65_optimizer.py #imports@70297e48
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from ..config import OptimizerConfig
 
-# %% ../../nbs/65_optimizer.py #make_optimizer@ac63e779
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over `model`: weight decay on parameters of two or more axes, none on vectors."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+# %% ../../nbs/65_optimizer.py #make_optimizer@b998d038
+def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over named parameters: weight decay on those of two or more axes, none on vectors.
+
+    Experts, which are sharded over other ranks than the rest, are groups of their own.
+    """
+    groups = []
+    for experts in (False, True):
+        for matrices in (False, True):
+            chosen = [p for n, p in parameters.items() if (".experts." in n, p.dim() >= 2) == (experts, matrices)]
+            if chosen:
+                groups.append({"params": chosen, "weight_decay": config.weight_decay if matrices else 0.0})
     return torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
     )

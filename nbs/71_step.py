@@ -1,0 +1,294 @@
+# %% [markdown]
+# # The training step
+#
+# > What one rank does in an optimiser step: its microbatches, its part of the model, one update.
+#
+# A single process trains a model on a batch. On many ranks each has its part of the model and its part of
+# the batch, and together they must do the very same step. There is one code for both: a process alone is a
+# mesh of one rank, a model without a pipeline is a pipeline of one stage, and accumulating gradients over
+# microbatches is what the [pipeline engine](57_engine.py) does anyway.
+
+# %%
+#| default_exp train.step
+
+# %%
+#| export
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pithtrain.config import Config
+from pithtrain.layers.attention import OneRank
+from pithtrain.layers.balance import balance_loss, routing_entropy, sequence_load, update_bias
+from pithtrain.layers.router import Routed
+from pithtrain.models.build import build
+from pithtrain.models.decoder import Decoder, initialise
+from pithtrain.models.stages import AtHome, Place
+from pithtrain.parallel.expert import ExpertExchange
+from pithtrain.parallel.mesh import Mesh, check_axes
+from pithtrain.parallel.pipeline.engine import Engine, ModuleStage
+from pithtrain.parallel.pipeline.generate import generate
+from pithtrain.parallel.pipeline.lower import lower
+from pithtrain.parallel.pipeline.schedule import split_layers
+from pithtrain.parallel.ring import Ring, zigzag
+from pithtrain.parallel.sharding import ShardedStage, clip_gradients, shard_decoder, shard_layer
+from pithtrain.train.batches import IGNORE, HeldOutBatches, TrainBatches
+from pithtrain.train.optimizer import make_optimizer
+
+# %% [markdown]
+# ## A rank's share of the batch
+#
+# A step's sequences are dealt out in rounds: in each, every rank that shares the batch takes
+# `micro_batch_size` of them. With context parallelism each rank then keeps its two pieces of every sequence.
+
+
+# %%
+#| export
+class Microbatch(NamedTuple):
+    """What one forward pass of one rank reads: b sequences, S tokens of each."""
+
+    inputs: Tensor  #: (b, S) int64
+    targets: Tensor  #: (b, S) int64, IGNORE for none
+    positions: Tensor  #: (S,) int64
+
+
+# %%
+#| export
+def read_microbatches(batches: TrainBatches | HeldOutBatches, step: int, size: int, mesh: Mesh) -> list[Microbatch]:
+    """This rank's microbatches of `size` sequences, of the step numbered `step` from 0, on its device."""
+    axes, here = mesh.axes, mesh.coordinates
+    positions = torch.arange(batches.sequence_length)
+    if axes.cp > 1:
+        positions = zigzag(batches.sequence_length, axes.cp, here.cp)
+    rounds = batches.rows(step).reshape(-1, axes.batch_ranks, size)
+    read = (batches.read(rows) for rows in rounds[:, mesh.batch_rank])
+    return [Microbatch(*(t[:, positions].to(mesh.device) for t in pair), positions.to(mesh.device)) for pair in read]
+
+
+# %% [markdown]
+# ## What is minimised
+#
+# Over all tokens of the step, on all ranks, the mean cross-entropy; plus the [balance losses](21_balance.py),
+# meaned over microbatches. A rank computes its own part of that sum, already divided by the *whole* number
+# of tokens, so that gradients only ever have to be added.
+#
+# The last stage of a pipeline ends in the cross-entropy, but every stage has routers to balance. `Attach`
+# lets a stage's balance loss ride on its output: forward it is nothing, backward it starts that loss's
+# gradient when the output's arrives.
+#
+# Each form of the balance loss wants the load over its own scope. A sequence's and a microbatch's are added
+# over `cp`, whose ranks hold pieces of the same sequences; the global batch's over all ranks of the stage.
+
+
+# %%
+#| export
+class Attach(torch.autograd.Function):
+    """Its first input; backward, the second gets the gradient 1, as if it had been added to the loss."""
+
+    @staticmethod
+    def forward(ctx, output: Tensor, loss: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.ones((), device=grad.device)
+
+
+# %%
+#| export
+class Objective:
+    """A part of the model as the pipeline engine calls it, which also keeps the sums that a step reports."""
+
+    def __init__(self, part: Decoder, config: Config, mesh: Mesh):
+        self.part, self.config, self.mesh = part, config, mesh
+
+    def begin(self, tokens: Tensor, microbatches: int) -> None:
+        """Before a step of so many microbatches a rank and `tokens` targets on all ranks, an int64 scalar."""
+        layers, experts, device = self.config.model.layers, self.config.model.experts, self.mesh.device
+        self.tokens = tokens
+        self.balance_share = 1 / (microbatches * self.mesh.axes.batch_ranks * self.mesh.axes.cp)
+        self.losses = torch.zeros(2, device=device)  # cross-entropy and balance
+        self.load = torch.zeros(layers, experts, dtype=torch.long, device=device)
+        self.load_so_far = torch.zeros_like(self.load)
+        self.entropy = torch.zeros(layers, device=device)
+
+    def __call__(self, x: Tensor | None, batch: Microbatch) -> Tensor:
+        place = self.part.place
+        targets = batch.targets if place.last else None
+        output, routing = self.part(batch.inputs if place.first else x, batch.positions, targets=targets)
+        balance = self.balance(routing, len(batch.inputs))
+        self.losses[1] += balance.detach()
+        if not place.last:
+            return Attach.apply(output, balance) if balance.requires_grad else output
+        loss = output / self.tokens
+        self.losses[0] += loss.detach()
+        return loss + balance
+
+    def balance(self, routing: list[Routed | None], sequences: int) -> Tensor:
+        """This rank's part of the balance loss of one microbatch, a scalar; counts where tokens went."""
+        held = [int(name) for name, routed in zip(self.part.layers, routing, strict=True) if routed is not None]
+        routing = [routed for routed in routing if routed is not None]
+        if not routing:
+            return self.losses.new_zeros(())
+        wanted = self.config.balance
+        own = torch.stack([sequence_load(r.expert_ids, sequences, r.probs.shape[1]) for r in routing])
+        seen = own.sum(dim=1)
+        self.load[held] += seen
+        self.entropy[held] += torch.stack([routing_entropy(r.probs) for r in routing]) * self.balance_share
+        if wanted.global_batch and self.mesh.token_group:
+            dist.all_reduce(seen, group=self.mesh.token_group)
+        if (wanted.sequence or wanted.micro_batch) and self.mesh.cp_group:
+            dist.all_reduce(own, group=self.mesh.cp_group)
+        self.load_so_far[held] += seen
+        return balance_loss(routing, own, self.load_so_far[held], wanted) * self.balance_share
+
+
+# %% [markdown]
+# ## What a rank trains
+#
+# Layers are made one at a time, given their first weights and sharded before the next is made: at no moment
+# does a rank hold more than one layer whole.
+
+
+# %%
+#| export
+def build_part(config: Config, place: Place, mesh: Mesh) -> Decoder:
+    """The part of the model that `place` asks for, with its first weights, on the mesh's device, sharded."""
+    seed = config.run.seed
+
+    def made(here: Place) -> Decoder:
+        with mesh.device:
+            part = build(config.model, here)
+        initialise(part, seed)
+        return part
+
+    if mesh.world_size == 1:
+        return made(place)
+    part = made(replace(place, layers=range(0)))
+    for number in place.held(config.model.layers):
+        layer = made(replace(place, layers=range(number, number + 1), first=False, last=False)).layers[str(number)]
+        shard_layer(layer, place.dtype, mesh)
+        part.layers[str(number)] = layer
+    shard_decoder(part, mesh)
+    return part
+
+
+# %%
+#| export
+class StepResult(NamedTuple):
+    """What a step reports, the same on every rank. L layers with experts, E experts."""
+
+    loss: float  #: mean cross-entropy, nats per token
+    balance: float  #: mean balance loss, with its coefficients
+    grad_norm: float  #: global gradient norm before clipping
+    load: Tensor  #: (L, E) int64 pairs that each expert got in the step
+    entropy: Tensor  #: (L,) mean routing entropy, nats
+
+
+# %%
+#| export
+class Learner:
+    """What one rank trains: its parts of the model, their optimiser, and the engine that runs them.
+
+    Raises UserError where the config cannot be shared along the mesh's axes.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, dtype: torch.dtype = torch.float32):
+        check_axes(config, mesh.axes)
+        self.config, self.mesh = config, mesh
+        pp, train = mesh.axes.pp, config.train
+        microbatches = train.batch_size // (train.micro_batch_size * mesh.axes.batch_ranks)
+        self.schedule = generate(config.mesh.schedule if pp > 1 else "1f1b", pp, microbatches)
+        splits = split_layers(config.model.layers, self.schedule.stages)
+        place = Place(
+            exchange=ExpertExchange(mesh.ep_group) if mesh.ep_group else AtHome(),
+            core=Ring(mesh.cp_group) if mesh.cp_group else OneRank(),
+            dtype=dtype,
+            recompute=train.recompute,
+        )
+        self.parts: dict[int, Decoder] = {}
+        for stage in self.schedule.held_by(mesh.coordinates.pp):
+            first, last = stage == 0, stage == self.schedule.stages - 1
+            here = replace(place, layers=splits[stage], first=first, last=last)
+            self.parts[stage] = build_part(config, here, mesh)
+        self.optimizer = make_optimizer(dict(self.named_parameters()), config.optimizer)
+        self.objectives = {stage: Objective(part, config, mesh) for stage, part in self.parts.items()}
+        stages: dict[int, ModuleStage] = {stage: ModuleStage(objective) for stage, objective in self.objectives.items()}
+        if pp > 1:  # the schedule says when weights are gathered; without one, each layer does it by itself
+            self.schedule = lower(self.schedule)
+            stages = {stage: ShardedStage(objective, objective.part) for stage, objective in self.objectives.items()}
+        tokens = train.sequence_length // mesh.axes.cp
+        shape = (train.micro_batch_size, tokens, config.model.hidden)
+        self.boundary = torch.empty(shape, dtype=dtype, device=mesh.device)
+        self.engine = Engine(self.schedule, stages, self.boundary, mesh.pp_group)
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """This rank's parameters under their global names."""
+        for part in self.parts.values():
+            yield from part.named_parameters()
+
+    def step(self, batches: list[Microbatch], rate: float) -> StepResult:
+        """One optimiser step at learning rate `rate` on this rank's microbatches."""
+        tokens = sum((batch.targets != IGNORE).sum() for batch in batches)
+        if self.mesh.token_group:
+            dist.all_reduce(tokens, group=self.mesh.token_group)
+        for objective in self.objectives.values():
+            objective.begin(tokens, len(batches))
+        self.optimizer.zero_grad(set_to_none=True)
+        self.engine.step(batches)
+        limit = self.config.optimizer.clip or torch.inf
+        norm = clip_gradients([p for _, p in self.named_parameters()], limit, self.mesh)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        return self.result(norm)
+
+    def result(self, norm: Tensor) -> StepResult:
+        """Adds up what the objectives of all ranks counted; moves the selection biases."""
+        objectives = self.objectives.values()
+        load = sum(objective.load for objective in objectives)
+        sums = sum(torch.cat([objective.losses, objective.entropy]) for objective in objectives)
+        if self.mesh.world_size > 1:
+            dist.all_reduce(load)
+            dist.all_reduce(sums)
+        if rate := self.config.balance.bias_rate:
+            for part in self.parts.values():
+                for number, layer in part.layers.items():
+                    if load[int(number)].any():
+                        update_bias(layer.router.bias, load[int(number)], rate)
+        routed = load.any(dim=1)
+        loss, balance, *_ = sums.tolist()
+        return StepResult(loss, balance, norm.item(), load[routed].cpu(), sums[2:][routed].cpu())
+
+    @torch.no_grad()
+    def evaluate(self, batches: HeldOutBatches) -> tuple[float, int]:
+        """Summed cross-entropy in nats over all targets of `batches`, and the number of those targets."""
+        total = torch.zeros(2, dtype=torch.float64)
+        for step in range(len(batches)):
+            for batch in read_microbatches(batches, step, self.config.train.micro_batch_size, self.mesh):
+                loss = self.forward(batch)
+                if loss is not None:
+                    total += torch.tensor([loss.item(), (batch.targets != IGNORE).sum().item()])
+        for part in self.parts.values() if self.mesh.axes.pp > 1 else ():
+            part.reshard()
+        if self.mesh.world_size > 1:
+            total = total.to(self.mesh.device)
+            dist.all_reduce(total)
+        return total[0].item(), int(total[1].item())
+
+    def forward(self, batch: Microbatch) -> Tensor | None:
+        """One microbatch through all stages, no gradients: its summed loss on the last stage's rank."""
+        place, me, group = self.schedule.placement, self.mesh.coordinates.pp, self.mesh.pp_group
+        x = batch.inputs
+        for stage, part in sorted(self.parts.items()):
+            if stage and place[stage - 1] != me:
+                x = torch.empty_like(self.boundary)
+                dist.recv(x, group=group, group_src=place[stage - 1])
+            x, _ = part(x, batch.positions, targets=batch.targets if part.place.last else None)
+            if not part.place.last and place[stage + 1] != me:
+                dist.send(x, group=group, group_dst=place[stage + 1])
+        return x if part.place.last else None

@@ -1,0 +1,206 @@
+# %% [markdown]
+# # Verify: many ranks against one
+#
+# > Trains a few steps on a mesh of processes and on one process, and compares everything that can be compared.
+#
+# Whatever a mesh does, it must do what one process does: same losses, same gradient norms, same weights.
+# Not to the bit, since sums are taken in another order, but to the rounding of fp32. That is a check of
+# the whole parallel engine, it needs no GPU, and it takes seconds: run it after any change.
+
+# %%
+#| default_exp verify
+
+# %%
+#| export
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from pithtrain.config import Config, MeshConfig, UserError
+from pithtrain.parallel.mesh import Mesh, fit_axes, make_mesh
+from pithtrain.parallel.sharding import in_global_order
+from pithtrain.train.optimizer import learning_rate
+from pithtrain.train.step import Learner, StepResult, read_microbatches
+
+# %% [markdown]
+# ## What is trained on
+#
+# Random tokens will do, as long as every mesh reads the same: a row is a function of its number.
+
+
+# %%
+#| export
+class RandomBatches:
+    """Rows of random tokens, with the interface of `TrainBatches`; row r depends on r alone."""
+
+    def __init__(self, vocab_size: int, sequence_length: int, batch_size: int):
+        self.vocab_size, self.sequence_length, self.batch_size = vocab_size, sequence_length, batch_size
+
+    def rows(self, step: int) -> np.ndarray:
+        """The rows of a step, (batch_size,) int64."""
+        return step * self.batch_size + np.arange(self.batch_size)
+
+    def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of any rows, each (len(rows), sequence_length) int64."""
+        shape = (self.sequence_length + 1,)
+        draw = [torch.randint(self.vocab_size, shape, generator=torch.Generator().manual_seed(int(r))) for r in rows]
+        window = torch.stack(draw)
+        return window[:, :-1], window[:, 1:]
+
+
+# %%
+#| export
+class Trace(NamedTuple):
+    """A few steps of training, and the weights behind them under their global names, whole, on the CPU."""
+
+    results: list[StepResult]
+    weights: dict[str, Tensor]
+
+
+# %%
+#| export
+def trace(config: Config, mesh: Mesh, steps: int, prepare: Callable[[Learner], None] | None = None) -> Trace:
+    """Train `steps` steps of `config` on random tokens. With pipelines, a rank has the weights of its stages.
+
+    `prepare` may change the learner before the first step.
+    """
+    learner = Learner(config, mesh)
+    if prepare:
+        prepare(learner)
+    train = config.train
+    batches = RandomBatches(config.model.vocab_size, train.sequence_length, train.batch_size)
+    results = []
+    for step in range(steps):
+        rate = learning_rate(step + 1, train.steps, config.optimizer)
+        results.append(learner.step(read_microbatches(batches, step, train.micro_batch_size, mesh), rate))
+    weights = {}
+    for name, parameter in learner.named_parameters():
+        whole = in_global_order(name, parameter.detach(), mesh)
+        weights[name] = (whole.full_tensor() if isinstance(whole, DTensor) else whole).cpu()
+    return Trace(results, weights)
+
+
+# %% [markdown]
+# ## The comparison
+#
+# One process sees as one microbatch what the mesh's ranks see at the same moment, if the balance loss is
+# over the global batch; and what each rank sees, if it is over microbatches.
+
+
+# %%
+#| export
+def reference_config(config: Config, batch_ranks: int) -> Config:
+    """What one process must run to do what `batch_ranks` ranks do that share the batch."""
+    balance, train = config.balance, config.train
+    if not balance.global_batch:
+        return dataclasses.replace(config, mesh=MeshConfig())
+    if balance.micro_batch:
+        raise UserError(
+            "balance.micro_batch: one process cannot show both this form and the global one "
+            "as a mesh has them; set it or balance.global_batch to 0 to verify"
+        )
+    size = train.micro_batch_size * batch_ranks
+    return dataclasses.replace(config, mesh=MeshConfig(), train=dataclasses.replace(train, micro_batch_size=size))
+
+
+# %%
+#| export
+class Comparison(NamedTuple):
+    """The largest relative differences between a mesh and one process, and where the weights' is."""
+
+    loss: float
+    balance: float
+    grad_norm: float
+    load: float  #: share of (token, expert) pairs that went to another expert
+    weight: float  #: of any parameter's Frobenius norm
+    name: str
+
+    @property
+    def largest(self) -> float:
+        """The largest of what is held to the tolerance."""
+        return max(self.loss, self.balance, self.grad_norm, self.weight)
+
+
+# %%
+#| export
+def compare(found: Trace, wanted: Trace) -> Comparison:
+    """How far `found` is from `wanted`; where weights are compared, those that `found` has."""
+
+    def scalar(key: str) -> float:
+        pairs = [(getattr(a, key), getattr(b, key)) for a, b in zip(found.results, wanted.results, strict=True)]
+        return max(0.0 if a == b else abs(a - b) / max(abs(b), 1e-12) for a, b in pairs)
+
+    moved = max(
+        ((a.load - b.load).abs().sum() / (2 * b.load.sum())).item()
+        for a, b in zip(found.results, wanted.results, strict=True)
+    )
+    apart = {n: ((w - wanted.weights[n]).norm() / wanted.weights[n].norm()).item() for n, w in found.weights.items()}
+    name = max(apart, key=lambda n: (apart[n] != apart[n], apart[n]))  # NaN is the largest of all
+    return Comparison(scalar("loss"), scalar("balance"), scalar("grad_norm"), moved, apart[name], name)
+
+
+# %% [markdown]
+# ## Many processes
+#
+# Each rank compares the weights it has with those of the single process, read from a file; the worst rank's
+# comparison is the result.
+
+
+# %%
+#| export
+def run_rank(rank: int, meshes: Sequence[MeshConfig], configs: Sequence[Config], world_size: int, steps: int,
+             prepare: Callable[[Learner], None] | None, folder: str) -> None:  # fmt: skip
+    """One process of `verify`: every mesh in turn."""
+    torch.set_num_threads(1)
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # it minds two gathers
+    store = dist.FileStore(f"{folder}/store", world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
+    worst: list[Any] = []
+    for number, (mesh, config) in enumerate(zip(meshes, configs, strict=True)):
+        here = make_mesh(mesh, rank, world_size, torch.device("cpu"))
+        found = trace(dataclasses.replace(config, mesh=mesh), here, steps, prepare)
+        wanted = torch.load(f"{folder}/reference-{number}", weights_only=False)
+        every: list[Any] = [None] * world_size
+        dist.all_gather_object(every, compare(found, wanted))
+        worst.append(max(every, key=lambda c: (c.largest != c.largest, c.largest)))
+    if rank == 0:
+        torch.save(worst, f"{folder}/result")
+    dist.destroy_process_group()
+
+
+# %%
+#| export
+def verify(
+    config: Config, meshes: Sequence[MeshConfig], world_size: int, steps: int = 3,
+    prepare: Callable[[Learner], None] | None = None,
+) -> list[Comparison]:  # fmt: skip
+    """Compare each of `meshes` over `world_size` CPU processes with one process.
+
+    Raises UserError for a mesh that does not fit, before any process starts.
+    """
+    alone = Mesh(fit_axes(MeshConfig(), 1))
+    configs = [dataclasses.replace(config, mesh=mesh) for mesh in meshes]
+    references: dict[Config, Trace] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, mesh in enumerate(meshes):
+            reference = reference_config(config, fit_axes(mesh, world_size).batch_ranks)
+            if reference not in references:
+                references[reference] = trace(reference, alone, steps, prepare)
+            torch.save(references[reference], Path(folder) / f"reference-{number}")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["pithtrain.verify"])
+        mp.start_processes(
+            run_rank, (meshes, configs, world_size, steps, prepare, folder), world_size, start_method="forkserver"
+        )
+        return torch.load(f"{folder}/result", weights_only=False)
