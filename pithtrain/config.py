@@ -4,9 +4,10 @@
 
 # %% auto
 __all__ = ['FAMILIES', 'UserError', 'knob', 'RunConfig', 'DataConfig', 'BalanceConfig', 'OptimizerConfig', 'TrainConfig',
-           'MeshConfig', 'LogConfig', 'DecoderConfig', 'Qwen3MoeConfig', 'DeepseekConfig', 'Config', 'check_value',
-           'nearest', 'section_from_table', 'check_config', 'parse_override', 'family_of', 'config_from_tables',
-           'load_config', 'load_run_config', 'to_toml', 'differences', 'describe_settings']
+           'MeshConfig', 'LogConfig', 'DecoderConfig', 'GroupedQueryConfig', 'Qwen3MoeConfig', 'DeepseekConfig',
+           'GptOssConfig', 'Qwen3_5MoeConfig', 'Config', 'check_value', 'nearest', 'section_from_table', 'check_config',
+           'parse_override', 'family_of', 'config_from_tables', 'load_config', 'load_run_config', 'to_toml',
+           'differences', 'describe_settings']
 
 # %% ../nbs/01_config.py #imports@518050d9
 import dataclasses
@@ -113,7 +114,7 @@ class LogConfig:
     tensorboard: bool = knob(False, "write TensorBoard events (extra: tensorboard)", free=True)
     wandb: bool = knob(False, "log to Weights & Biases (extra: wandb)", free=True)
 
-# %% ../nbs/01_config.py #DecoderConfig@a3c9d656
+# %% ../nbs/01_config.py #DecoderConfig@fff9155c
 @dataclass(frozen=True)
 class DecoderConfig:
     """What every model family has."""
@@ -136,13 +137,11 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True)
-class Qwen3MoeConfig(DecoderConfig):
-    """A Qwen3-MoE decoder."""
+class GroupedQueryConfig(DecoderConfig):
+    """What the families have in which groups of query heads share a key and value head."""
 
-    family: Literal["qwen3-moe"] = knob("qwen3-moe", "architecture of the model")
     kv_heads: int = knob(2, "key and value heads; divides heads", low=1)
     head_dim: int = knob(32, "features of a head; even", low=2)
-    renormalise: bool = knob(True, "rescale the weights of a token's top_k experts to sum to 1")
 
     def problems(self) -> list[str]:
         """What contradicts itself, each as "key: what is wrong"."""
@@ -152,6 +151,14 @@ class Qwen3MoeConfig(DecoderConfig):
         if self.head_dim % 2:
             found += [f"head_dim: {self.head_dim} is odd; rotary positions pair features"]
         return found
+
+
+@dataclass(frozen=True)
+class Qwen3MoeConfig(GroupedQueryConfig):
+    """A Qwen3-MoE decoder."""
+
+    family: Literal["qwen3-moe"] = knob("qwen3-moe", "architecture of the model")
+    renormalise: bool = knob(True, "rescale the weights of a token's top_k experts to sum to 1")
 
 # %% ../nbs/01_config.py #DeepseekConfig@fe9b7064
 @dataclass(frozen=True)
@@ -194,8 +201,58 @@ class DeepseekConfig(DecoderConfig):
             found += [f"groups: {self.groups} leaves groups of {size}; sigmoid scoring judges them by two experts"]
         return found
 
-# %% ../nbs/01_config.py #FAMILIES@612cfe3d
-FAMILIES = (Qwen3MoeConfig, DeepseekConfig)  # the first is the default
+# %% ../nbs/01_config.py #GptOssConfig@3635b5df
+@dataclass(frozen=True)
+class GptOssConfig(GroupedQueryConfig):
+    """A GPT-OSS decoder."""
+
+    family: Literal["gpt-oss"] = knob("gpt-oss", "architecture of the model")
+    window: int = knob(128, "keys that a query sees, its own included, in the first layer and every other one", low=1)
+    yarn_factor: float = knob(1.0, "context length over that of training, by YaRN; 1: plain positions", low=1.0)
+    yarn_length: int = knob(4096, "positions of training that YaRN starts from", low=1)
+    yarn_beta_fast: float = knob(32.0, "turns in yarn_length from which a pair keeps its frequency", low=0.01)
+    yarn_beta_slow: float = knob(1.0, "turns in yarn_length up to which a pair is slowed by yarn_factor", low=0.01)
+
+    def problems(self) -> list[str]:
+        """What contradicts itself, each as "key: what is wrong"."""
+        widths = [("hidden", self.hidden), ("expert_hidden", self.expert_hidden)]
+        wrong = [
+            f"{name}: {width} is not a multiple of 8, which this family's experts need"
+            for name, width in widths
+            if width % 8
+        ]
+        return super().problems() + wrong
+
+# %% ../nbs/01_config.py #Qwen3_5MoeConfig@085ecf45
+@dataclass(frozen=True)
+class Qwen3_5MoeConfig(GroupedQueryConfig):
+    """A Qwen3.5-MoE decoder; layers without softmax attention have the gated delta rule."""
+
+    family: Literal["qwen3.5-moe"] = knob("qwen3.5-moe", "architecture of the model")
+    rope_dim: int = knob(8, "features of a head that are rotated, the first ones; even, at most head_dim", low=2)
+    full_every: int = knob(
+        4, "layers from one with softmax attention to the next; the last of each so many is one", low=1
+    )
+    delta_key_heads: int = knob(2, "query and key heads of the delta rule", low=1)
+    delta_value_heads: int = knob(4, "value heads of the delta rule; a multiple of delta_key_heads", low=1)
+    delta_key_dim: int = knob(32, "features of a query and key of the delta rule", low=1)
+    delta_value_dim: int = knob(32, "features of a value of the delta rule", low=1)
+    delta_taps: int = knob(4, "tokens that the short convolution ahead of the delta rule spans", low=1)
+    shared_hidden: int = knob(256, "width of the inner layer of the expert that every token visits", low=1)
+
+    def problems(self) -> list[str]:
+        """What contradicts itself, each as "key: what is wrong"."""
+        found = super().problems()
+        if self.rope_dim % 2 or self.rope_dim > self.head_dim:
+            found += [f"rope_dim: {self.rope_dim} is odd or more than head_dim, {self.head_dim}"]
+        if self.delta_value_heads % self.delta_key_heads:
+            found += [
+                f"delta_value_heads: {self.delta_value_heads} is no multiple of delta_key_heads, {self.delta_key_heads}"
+            ]
+        return found
+
+# %% ../nbs/01_config.py #FAMILIES@7180e999
+FAMILIES = (Qwen3MoeConfig, DeepseekConfig, GptOssConfig, Qwen3_5MoeConfig)  # the first is the default
 
 # %% ../nbs/01_config.py #Config@860583a3
 @dataclass(frozen=True)
