@@ -53,4 +53,4 @@ layer(torch.randn(2, 4, dtype=torch.bfloat16)).sum().backward()
 print(layer.weight.grad.dtype)
 
 # %% [markdown]
-# Next: [norm](24_norm.py).
+# Next: what is made of three of them, the [gated MLP](23a_mlp.py).
