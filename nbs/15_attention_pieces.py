@@ -234,7 +234,7 @@ def piece_scores(q: Tensor, k: Tensor, scale: float, piece: Piece) -> Tensor:
         return scores
     i, j = torch.arange(queries, device=q.device).unsqueeze(1), torch.arange(keys, device=q.device)
     ahead = (j - keys) - (i - queries)
-    hidden = ahead > (piece.right if piece.right >= 0 else keys)
+    hidden = ahead > (piece.right if piece.right >= 0 else queries)
     if piece.left >= 0:
         hidden |= ahead < -piece.left
     return scores.masked_fill_(hidden.repeat(q.shape[1] // k.shape[1], 1), -torch.inf)

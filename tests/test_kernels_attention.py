@@ -64,6 +64,20 @@ def test_pieces_cover_what_is_seen_once(geometry):
     assert torch.equal(count, true.int())
 
 
+@settings(max_examples=300, deadline=None)
+@given(geometries())
+def test_merged_pieces_are_the_whole(geometry):
+    rows, length, window, documents, queries, keys, tile = geometry
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(rows, 2, length, 3, dtype=torch.float64) for _ in range(3))
+    mine, theirs = (torch.tensor([p for run in runs for p in run]) for runs in (queries, keys))
+    out, lse = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, dtype=torch.float64)
+    for piece in pieces(queries, keys, rows, length, window, documents, tile or 7):
+        merge(out, lse, piece, *attend_piece(q[:, :, mine], k[:, :, theirs], v[:, :, theirs], 0.5, piece))
+    true = reference(q, k, v, 0.5, visible(rows, length, window, documents), None)
+    torch.testing.assert_close(out, true[:, :, mine])
+
+
 def test_what_is_out_of_sight_costs_nothing():
     assert pieces([range(4)], [range(4, 8)], 1, 8) == []  # the future
     assert pieces([range(8, 12)], [range(0, 4)], 1, 12, window=5) == []

@@ -107,7 +107,7 @@ def grouped(x: Tensor, kv_heads: int) -> Tensor:
     """(B, heads, S, D) to (B, kv_heads, group * S, D), at least fp32."""
     return x.to(torch.promote_types(x.dtype, torch.float32)).reshape(x.shape[0], kv_heads, -1, x.shape[-1])
 
-# %% ../../nbs/15_attention_pieces.py #piece_scores@14ee8e0d
+# %% ../../nbs/15_attention_pieces.py #piece_scores@e9c02b51
 def piece_scores(q: Tensor, k: Tensor, scale: float, piece: Piece) -> Tensor:
     """(B, kv_heads, group * S, L) scores of a piece's own queries and keys, -inf where a query must not see."""
     queries, keys = q.shape[2], k.shape[2]
@@ -116,7 +116,7 @@ def piece_scores(q: Tensor, k: Tensor, scale: float, piece: Piece) -> Tensor:
         return scores
     i, j = torch.arange(queries, device=q.device).unsqueeze(1), torch.arange(keys, device=q.device)
     ahead = (j - keys) - (i - queries)
-    hidden = ahead > (piece.right if piece.right >= 0 else keys)
+    hidden = ahead > (piece.right if piece.right >= 0 else queries)
     if piece.left >= 0:
         hidden |= ahead < -piece.left
     return scores.masked_fill_(hidden.repeat(q.shape[1] // k.shape[1], 1), -torch.inf)

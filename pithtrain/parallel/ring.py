@@ -131,7 +131,7 @@ class AllToAll(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return AllToAll.apply(grad.contiguous(), ctx.group), None  # what came goes back the way it came
 
-# %% ../../nbs/42_ring_attention.py #Ring@cdd3fd0f
+# %% ../../nbs/42_ring_attention.py #Ring@e34a3689
 class Ring:
     """The core of a rank that holds its zigzag share of each sequence; for its methods see `AttentionCore`."""
 
@@ -159,11 +159,7 @@ class Ring:
 
     def whole_sequence(self, x: Tensor) -> Tensor:
         """Raises UserError if the number of ranks does not divide the heads."""
-        if x.shape[2] % self.size:
-            raise UserError(
-                f"{x.shape[2]} heads cannot be shared by {self.size} context-parallel ranks: choose a number of "
-                "ranks that divides them"
-            )
+        self.held(x.shape[2])
         chunk = len(zigzag_runs(x.shape[1] * self.size, self.size, self.rank)[0])
         shares = x.unflatten(2, (self.size, -1)).movedim(2, 0).contiguous()
         front, back = AllToAll.apply(shares, self.group).unflatten(2, (2, chunk)).unbind(2)
@@ -173,6 +169,16 @@ class Ring:
         front, back = x.unflatten(1, (2 * self.size, -1)).movedim(1, 0).chunk(2)
         shares = torch.cat([front, back.flip(0)], dim=2)
         return AllToAll.apply(shares, self.group).movedim(0, 2).flatten(2, 3)
+
+    def held(self, heads: int) -> slice:
+        """Raises as `whole_sequence`."""
+        if heads % self.size:
+            raise UserError(
+                f"{heads} heads cannot be shared by {self.size} context-parallel ranks: choose a number of ranks "
+                "that divides them"
+            )
+        share = heads // self.size
+        return slice(self.rank * share, (self.rank + 1) * share)
 
     def run(
         self,
