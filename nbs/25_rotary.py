@@ -172,7 +172,7 @@ for name, options in (
     kept = yarn_frequencies(64, original_length=4096, **options) / frequencies(64, options["theta"])
     ax.semilogy(kept, "o-", ms=3, label=name)
 ax.set(title="YaRN slows the slow pairs and leaves the fast alone", xlabel="pair", ylabel="frequency, scaled / plain")
-ax.legend(fontsize=8)
+ax.legend(fontsize=8, loc="lower left")
 fig
 
 # %% [markdown]

@@ -161,7 +161,7 @@ for name, size in kept.items():
 fig, ax = plt.subplots(figsize=(7, 2.4))
 ax.barh(list(kept), list(kept.values()), color=["C0"] * 4 + ["C1"])
 ax.axvline(kept["MLA, 128 heads of their own"], color="C1", ls=":")
-ax.set(title="Cache of one token in one layer", xlabel="bytes, bfloat16", xscale="log")
+ax.set(title="Cache of one token in one layer", xlabel="bytes, bfloat16", xscale="log", xlim=(100, 1e5))
 ax.invert_yaxis()
 fig
 

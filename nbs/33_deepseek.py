@@ -273,7 +273,7 @@ fig, ax = plt.subplots(figsize=(7, 3))
 for i, (label, sizes) in enumerate(bars.items()):
     ax.bar(torch.arange(3) + (i - 1) * 0.27, sizes, 0.25, label=label, color=("C1", "C0", "0.7")[i])
 ax.axhline(80, color="0.4", ls=":")
-ax.set(title="Cache of one sequence of 163,840 tokens", ylabel="GiB", yscale="log")
+ax.set(title="Cache of one sequence of 163,840 tokens", ylabel="GiB", yscale="log", ylim=(1, 1000))
 ax.set_xticks(range(3), list(published))
 ax.legend(fontsize=8)
 fig
