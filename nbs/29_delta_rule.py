@@ -304,7 +304,7 @@ class GatedDeltaNet(nn.Module):
         self.core = core
         self.channels = [key_heads * key_dim, key_heads * key_dim, value_heads * value_dim]
         self.qkv = Linear(hidden, sum(self.channels))
-        self.convolution = nn.Parameter(torch.empty(sum(self.channels), 1, taps))
+        self.convolution = nn.Parameter(F.pad(torch.ones(sum(self.channels), 1, 1), (taps - 1, 0)))  # first, no change
         self.decay = Linear(hidden, value_heads)
         self.strength = Linear(hidden, value_heads)
         self.gate = Linear(hidden, value_heads * value_dim)
@@ -355,7 +355,7 @@ torch.manual_seed(0)
 layer = GatedDeltaNet(hidden=32, key_heads=2, value_heads=4, key_dim=8, value_dim=8, taps=4, norm_eps=1e-6)
 for parameter in layer.parameters():
     if parameter.dim() > 1:
-        torch.nn.init.normal_(parameter, std=0.3)
+        nn.init.normal_(parameter, std=0.3)
 x, nothing = torch.randn(2, 30, 32), torch.zeros(0)
 sequences = Sequences(nothing, nothing)  # the rule has an order of its own: no rotary table is read
 cache = DeltaCache()

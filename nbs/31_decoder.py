@@ -150,7 +150,7 @@ print([name for name, _ in toy(Place(layers=range(1, 4), first=False)).named_mod
 # expert's by its number too. The weights then do not depend on the order in which parameters are made, nor
 # on which rank makes them or which part of them it holds. Matrices that write to the residual stream start
 # smaller by $\sqrt{2L}$, so that the stream's size at the end does not grow with the depth (GPT-2's rule).
-# Norms and biases are set by the modules themselves, in `reset_parameters`.
+# Norms, biases (also those of stacked experts) and short convolutions are set by the modules that have them.
 
 
 # %%
@@ -161,7 +161,7 @@ def initialise(model: Decoder, seed: int) -> None:
     config = model.config
     share = model.place.exchange.share(config.experts)
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
+        if parameter.dim() < 2 or name.endswith(("bias", "convolution")):
             continue
         writes_to_residual = name.endswith(("output.weight", "down", "down.weight"))
         std = config.init_std / (2 * config.layers) ** 0.5 if writes_to_residual else config.init_std

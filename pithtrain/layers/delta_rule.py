@@ -96,7 +96,7 @@ class DeltaCache:
         self.before: Tensor | None = None
         self.state: Tensor | None = None
 
-# %% ../../nbs/29_delta_rule.py #GatedDeltaNet@1b63da59
+# %% ../../nbs/29_delta_rule.py #GatedDeltaNet@bb360df1
 class GatedDeltaNet(nn.Module):
     """Linear attention by the gated delta rule, in the form of Qwen3.5 (arXiv 2412.06464)."""
 
@@ -116,7 +116,7 @@ class GatedDeltaNet(nn.Module):
         self.core = core
         self.channels = [key_heads * key_dim, key_heads * key_dim, value_heads * value_dim]
         self.qkv = Linear(hidden, sum(self.channels))
-        self.convolution = nn.Parameter(torch.empty(sum(self.channels), 1, taps))
+        self.convolution = nn.Parameter(F.pad(torch.ones(sum(self.channels), 1, 1), (taps - 1, 0)))  # first, no change
         self.decay = Linear(hidden, value_heads)
         self.strength = Linear(hidden, value_heads)
         self.gate = Linear(hidden, value_heads * value_dim)

@@ -83,14 +83,14 @@ class Decoder(nn.Module):
         """Scores (..., vocab_size) of the next token, fp32, from last hidden states (..., hidden)."""
         return (hidden @ self.head_weight.to(hidden.dtype).t()).float()
 
-# %% ../../nbs/31_decoder.py #initialise@fd885eac
+# %% ../../nbs/31_decoder.py #initialise@0a60a2f8
 @torch.no_grad()
 def initialise(model: Decoder, seed: int) -> None:
     """Fill every matrix of `model` with normal values of deviation `config.init_std`."""
     config = model.config
     share = model.place.exchange.share(config.experts)
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
+        if parameter.dim() < 2 or name.endswith(("bias", "convolution")):
             continue
         writes_to_residual = name.endswith(("output.weight", "down", "down.weight"))
         std = config.init_std / (2 * config.layers) ** 0.5 if writes_to_residual else config.init_std
