@@ -8,9 +8,10 @@
 
 # %%
 #| export
-from pithtrain.config import DecoderConfig, DeepseekConfig, Qwen3MoeConfig
+from pithtrain.config import DecoderConfig, DeepseekConfig, GptOssConfig, Qwen3MoeConfig
 from pithtrain.models.decoder import Decoder
 from pithtrain.models.deepseek import deepseek
+from pithtrain.models.gpt_oss import gpt_oss
 from pithtrain.models.qwen3_moe import qwen3_moe
 from pithtrain.models.stages import Place
 
@@ -24,6 +25,8 @@ def build(config: DecoderConfig, place: Place = Place()) -> Decoder:
             return qwen3_moe(config, place)
         case DeepseekConfig():
             return deepseek(config, place)
+        case GptOssConfig():
+            return gpt_oss(config, place)
     raise TypeError(f"{type(config).__name__} is the config of no family")
 
 

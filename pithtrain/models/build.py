@@ -5,14 +5,15 @@
 # %% auto
 __all__ = ['build']
 
-# %% ../../nbs/36_build.py #imports@3c46977b
-from ..config import DecoderConfig, DeepseekConfig, Qwen3MoeConfig
+# %% ../../nbs/36_build.py #imports@4ce2744d
+from ..config import DecoderConfig, DeepseekConfig, GptOssConfig, Qwen3MoeConfig
 from .decoder import Decoder
 from .deepseek import deepseek
+from .gpt_oss import gpt_oss
 from .qwen3_moe import qwen3_moe
 from .stages import Place
 
-# %% ../../nbs/36_build.py #build@39060a77
+# %% ../../nbs/36_build.py #build@2168500a
 def build(config: DecoderConfig, place: Place = Place()) -> Decoder:
     """The model that `config` describes, or the part of it that `place` asks for; weights not yet drawn."""
     match config:
@@ -20,4 +21,6 @@ def build(config: DecoderConfig, place: Place = Place()) -> Decoder:
             return qwen3_moe(config, place)
         case DeepseekConfig():
             return deepseek(config, place)
+        case GptOssConfig():
+            return gpt_oss(config, place)
     raise TypeError(f"{type(config).__name__} is the config of no family")
