@@ -16,7 +16,7 @@
 # %%
 #| export
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -116,7 +116,7 @@ def pieces(
     rows: int,
     length: int,
     window: int | None = None,
-    documents: Sequence[int] | None = None,
+    documents: Tensor | None = None,
     tile: int | None = None,
 ) -> list[Piece]:
     """What queries at some positions see of keys at others, in `rows` sequences of `length` tokens.
@@ -124,10 +124,14 @@ def pieces(
     `documents` are boundaries 0, ..., rows * length. With `tile`, no piece has more queries than that;
     without, the documents in which a run meets itself are one piece. Raises ValueError for wrong boundaries.
     """
-    if documents is not None and (documents[0] != 0 or documents[-1] != rows * length):
-        ends = f"{documents[0]} to {documents[-1]}"
+    if documents is not None and documents[[0, -1]].tolist() != [0, rows * length]:
+        ends = "{} to {}".format(*documents[[0, -1]].tolist())
         raise ValueError(f"documents: boundaries go from {ends}, not from 0 to {rows} x {length} tokens")
     window, found = window or length, []
+    limit = window - 1 if window < length else -1
+    if documents is not None and not tile and queries == keys == [range(length)]:
+        return [Piece(slice(None), slice(None), slice(None), limit, 0, documents.to(torch.int32))]
+    bounds = None if documents is None else documents.tolist()
     runs = [
         (run[start : start + (tile or length)], at + start)
         for run, at in zip(queries, offsets(queries), strict=True)
@@ -136,22 +140,25 @@ def pieces(
     for run, at in runs:
         for key_run, key_at in zip(keys, offsets(keys), strict=True):
             cut, starts = [], []
-            for row, document in documents_from(run.start, min(run.stop, key_run.stop), rows, length, documents):
+            for row, document in documents_from(run.start, min(run.stop, key_run.stop), rows, length, bounds):
                 q0 = max(run.start, key_run.start, document.start)
                 k0 = max(key_run.start, document.start, q0 - window + 1)
                 k1 = min(run.stop, key_run.stop, document.stop)
                 q1 = min(run.stop, document.stop, k1 + window - 1)
-                if q0 < q1 and k0 < k1:
-                    right, left = q1 - k1, window - 1 - (q1 - k1)
-                    of_queries = slice(at + q0 - run.start, at + q1 - run.start)
-                    of_keys = slice(key_at + k0 - key_run.start, key_at + k1 - key_run.start)
-                    left, right = left if left < k1 - k0 - 1 else -1, right if right < q1 - q0 - 1 else -1
-                    cut.append(Piece(row, of_queries, of_keys, left, right))
-                    starts.append((row.start or 0) * len(run) + q0 - run.start)
+                # Of keys wholly in the past, some queries see all, and the rest miss more and more: two pieces.
+                middle = min(max(k0 + window, q0), q1) if k1 <= q0 + 1 else q0
+                for start, stop in ((q0, middle), (middle, q1)):
+                    if start < stop and k0 < k1:
+                        right, left = stop - k1, window - 1 - (stop - k1)
+                        left, right = left if left < k1 - k0 - 1 else -1, right if right < stop - start - 1 else -1
+                        of_queries = slice(at + start - run.start, at + stop - run.start)
+                        of_keys = slice(key_at + k0 - key_run.start, key_at + k1 - key_run.start)
+                        cut.append(Piece(row, of_queries, of_keys, left, right))
+                starts.append((row.start or 0) * len(run) + q0 - run.start)
             if len(cut) > 1 and run == key_run and not tile:
                 cuts = torch.tensor([*starts, rows * len(run)], dtype=torch.int32)
                 of_queries, of_keys = slice(at, at + len(run)), slice(key_at, key_at + len(run))
-                cut = [Piece(slice(None), of_queries, of_keys, window - 1 if window < length else -1, 0, cuts)]
+                cut = [Piece(slice(None), of_queries, of_keys, limit, 0, cuts)]
             found += cut
     return found
 
@@ -166,7 +173,7 @@ def offsets(runs: list[range]) -> list[int]:
 # %%
 #| export
 def documents_from(
-    start: int, stop: int, rows: int, length: int, documents: Sequence[int] | None
+    start: int, stop: int, rows: int, length: int, documents: list[int] | None
 ) -> Iterator[tuple[slice, range]]:
     """Each row's documents from the one that holds position `start` to the last that begins before `stop`."""
     if documents is None:
@@ -187,7 +194,11 @@ def documents_from(
 # %%
 import matplotlib.pyplot as plt
 
-cases = {"causal": {}, "window of 7": {"window": 7}, "documents of 5, 10, 9": {"documents": [0, 5, 15, 24]}}
+cases = {
+    "causal": {},
+    "window of 7": {"window": 7},
+    "documents of 5, 10, 9": {"documents": torch.tensor([0, 5, 15, 24])},
+}
 fig, axes = plt.subplots(1, 3, figsize=(9, 3.2), sharey=True)
 for ax, (name, case) in zip(axes, cases.items(), strict=True):
     seen, computed = torch.zeros(24, 24), 0
@@ -241,10 +252,12 @@ def piece_scores(q: Tensor, k: Tensor, scale: float, piece: Piece) -> Tensor:
 
 
 # %% [markdown]
-# On a GPU, in bf16 or fp16, FlashAttention-2 (arXiv 2307.08691) as torch ships it does the same without ever
-# storing scores. Its entry points below `scaled_dot_product_attention` take what a piece consists of (the
-# band, and documents as cumulative lengths) and return the log-sum-exp. Values narrower than keys, as in
-# latent attention, are padded with zeros.
+# On a GPU, in bf16 or fp16, the kernels that torch ships do the same without ever storing scores. Their entry
+# points below `scaled_dot_product_attention` return the log-sum-exp and, in the backward pass, take any
+# output and log-sum-exp that we say are final. FlashAttention-2 (arXiv 2307.08691) takes all that a piece may
+# be: the band, and documents as cumulative lengths. cuDNN's kernel is faster on Hopper GPUs and newer, and takes
+# squares, full or causal; it prepares a plan for each new shape, so that pieces that follow the lengths of
+# documents are not for it.
 
 
 # %%
@@ -257,17 +270,31 @@ def flash_fits(q: Tensor, value_features: int) -> bool:
 
 # %%
 #| export
+def cudnn_fits(q: Tensor, k: Tensor, v: Tensor, piece: Piece) -> bool:
+    """Whether cuDNN's kernels take these queries, keys and values of a piece, and are the faster choice."""
+    square = piece.cuts is None and piece.rows == slice(None) and q.shape[2] == k.shape[2]
+    if not square or piece.left >= 0 or piece.right > 0 or torch.cuda.get_device_capability(q.device) < (9, 0):
+        return False
+    given = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, piece.right == 0, q.shape[1] != k.shape[1])
+    return torch.backends.cuda.can_use_cudnn_attention(given)
+
+
+# %%
+#| export
 def flash_layout(piece: Piece, features: int, *tensors: Tensor) -> list[Tensor]:
-    """(B, heads, tokens, D) to (B, tokens, heads, features), or (tokens of all rows, ...) if there are cuts."""
-    laid = [F.pad(t, (0, features - t.shape[-1])).transpose(1, 2) for t in tensors]
-    laid = [t if t.stride(-1) == 1 else t.contiguous() for t in laid]
+    """(B, heads, tokens, D) to (B, tokens, heads, features), or (tokens of all rows, ...) if there are cuts.
+
+    Values narrower than keys, as in latent attention, are padded with zeros.
+    """
+    laid = [t if t.shape[-1] == features else F.pad(t, (0, features - t.shape[-1])) for t in tensors]
+    laid = [(t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2) for t in laid]
     return laid if piece.cuts is None else [t.flatten(0, 1) for t in laid]
 
 
 # %%
 #| export
 def flash_arguments(q: Tensor, k: Tensor, piece: Piece) -> tuple[tuple, dict[str, int]]:
-    """What both directions tell the kernels of a piece: cuts, lengths, no dropout, causal; the window."""
+    """What both directions tell FlashAttention of a piece: cuts, lengths, no dropout, causal; the window."""
     causal = piece.left < 0 and piece.right == 0
     window = {"window_size_left": piece.left, "window_size_right": piece.right}
     if piece.cuts is None:
@@ -285,10 +312,15 @@ def attend_piece(q: Tensor, k: Tensor, v: Tensor, scale: float, piece: Piece) ->
     """
     q, k, v = q[piece.rows, :, piece.queries], k[piece.rows, :, piece.keys], v[piece.rows, :, piece.keys]
     (batch, heads, queries, features), (kv_heads, wide) = q.shape, v.shape[1::2]
+    aten = torch.ops.aten
     if flash_fits(q, wide):
+        if cudnn_fits(q, k, v, piece):
+            causal = piece.right == 0
+            out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+            return out, lse.view(batch, heads, queries)
         arguments, band = flash_arguments(q, k, piece)
         laid = flash_layout(piece, features, q, k, v)
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(*laid, *arguments, False, scale=scale, **band)
+        out, lse, *_ = aten._flash_attention_forward(*laid, *arguments, False, scale=scale, **band)
         if piece.cuts is not None:
             out, lse = out.unflatten(0, (batch, queries)), lse.view(heads, batch, queries).transpose(0, 1)
         return out[..., :wide].transpose(1, 2), lse
@@ -309,12 +341,19 @@ def piece_gradients(
     grad, q, out, lse = (t[piece.rows, :, piece.queries] for t in (grad, q, out, lse))
     k, v = k[piece.rows, :, piece.keys], v[piece.rows, :, piece.keys]
     (batch, heads, queries, features), (kv_heads, wide) = q.shape, v.shape[1::2]
+    aten = torch.ops.aten
     if flash_fits(q, wide):
+        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # no dropout uses it
+        if cudnn_fits(q, k, v, piece):
+            # The output's strides are those of the queries, as the forward pass makes it.
+            grad, lse = torch.empty_like(out).copy_(grad), lse.contiguous().unsqueeze(-1)
+            lengths = None, None, queries, queries, 0.0, piece.right == 0
+            saved = q, k, v, out, lse, seed[0], seed[1], None
+            return aten._scaled_dot_product_cudnn_attention_backward(grad, *saved, *lengths, scale=scale)
         arguments, band = flash_arguments(q, k, piece)
         laid = flash_layout(piece, features, grad, q, k, v, out)
         lse = lse.contiguous() if piece.cuts is None else lse.transpose(0, 1).reshape(heads, -1)
-        unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
-        found = torch.ops.aten._flash_attention_backward(*laid, lse, *arguments, *unused, scale=scale, **band)
+        found = aten._flash_attention_backward(*laid, lse, *arguments, seed, seed, scale=scale, **band)
         if piece.cuts is not None:
             found = [t.unflatten(0, (batch, -1)) for t in found]
         dq, dk, dv = (t.transpose(1, 2) for t in found)
@@ -350,7 +389,9 @@ def block_gradients(
 # ## Merging
 #
 # Where a query meets its keys in several pieces, their results are merged as they come, into the running
-# `out` and `lse` of the queries. A query that has met nothing yet has $\ell = -\infty$.
+# `out` and `lse` of the queries. A query that has met nothing yet has $\ell = -\infty$. With
+# $w = e^{\ell_B} / (e^{\ell_A} + e^{\ell_B})$, a sigmoid of $\ell_B - \ell_A$, the sum above is
+# $o = o_A + w\,(o_B - o_A)$.
 
 
 # %%
@@ -358,9 +399,8 @@ def block_gradients(
 def merge(out: Tensor, lse: Tensor, piece: Piece, piece_out: Tensor, piece_lse: Tensor) -> None:
     """Add a piece's result to the running `out` (B, heads, S, Dv) and `lse` (B, heads, S), in place."""
     out, lse = out[piece.rows, :, piece.queries], lse[piece.rows, :, piece.queries]
-    total = torch.logaddexp(lse, piece_lse)
-    out.mul_((lse - total).exp_().unsqueeze(-1)).add_(piece_out * (piece_lse - total).exp_().unsqueeze(-1))
-    lse.copy_(total)
+    out.lerp_(piece_out.to(out.dtype), (piece_lse - lse).sigmoid_().unsqueeze(-1))
+    lse.copy_(torch.logaddexp(lse, piece_lse))
 
 
 # %% [markdown]
@@ -373,7 +413,7 @@ q, k, v = torch.randn(1, 4, 12, 8), torch.randn(1, 2, 12, 8), torch.randn(1, 2, 
 out, lse = torch.zeros(1, 4, 12, 6), torch.full((1, 4, 12), -torch.inf)
 for run in (range(0, 6), range(6, 12)):
     here = slice(run.start, run.stop)
-    for piece in pieces([range(12)], [run], 1, 12, window=4, documents=[0, 5, 12], tile=64):
+    for piece in pieces([range(12)], [run], 1, 12, window=4, documents=torch.tensor([0, 5, 12]), tile=64):
         merge(out, lse, piece, *attend_piece(q, k[:, :, here], v[:, :, here], 0.3, piece))
 position = torch.arange(12)
 distance, document = position[:, None] - position, (position >= 5).long()
@@ -406,7 +446,7 @@ def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
 def sink_gradients(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """(heads,) from the upstream gradient and the final `out` and `lse`."""
     share = (sinks.to(lse.dtype).unsqueeze(-1) - lse).exp_()
-    return -(share * (grad.to(lse.dtype) * out).sum(dim=-1)).sum(dim=(0, 2)).to(sinks.dtype)
+    return -(share * (grad * out).sum(dim=-1, dtype=lse.dtype)).sum(dim=(0, 2)).to(sinks.dtype)
 
 
 # %% [markdown]
@@ -460,7 +500,7 @@ q, k, v, sinks = (
     torch.randn(shape, dtype=torch.float64, requires_grad=True)
     for shape in ((2, 4, 7, 3), (2, 2, 7, 3), (2, 2, 7, 2), 4)
 )
-cut = pieces([range(7)], [range(7)], 2, 7, window=4, documents=[0, 5, 7, 14], tile=3)
+cut = pieces([range(7)], [range(7)], 2, 7, window=4, documents=torch.tensor([0, 5, 7, 14]), tile=3)
 print(len(cut), "pieces")
 assert torch.autograd.gradcheck(lambda *x: AttendPieces.apply(*x, 0.5, cut), (q, k, v, sinks))
 

@@ -159,9 +159,8 @@ class OneRank:
             return F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, scale=scale, enable_gqa=True)
         if documents is not None and queries != keys:
             raise ValueError(f"documents: {queries} queries meet {keys} keys; packed documents have no cache")
-        bounds = None if documents is None else documents.tolist()
         tile = None if flash_fits(q, v.shape[-1]) else TILE
-        cut = pieces([range(keys - queries, keys)], [range(keys)], rows, keys, window, bounds, tile)
+        cut = pieces([range(keys - queries, keys)], [range(keys)], rows, keys, window, documents, tile)
         return AttendPieces.apply(q, k, v, sinks, scale, cut)
 
     def attend_latent(

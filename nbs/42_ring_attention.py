@@ -360,10 +360,10 @@ class Ring:
         """What `attend` and `attend_latent` share."""
         if block[0].shape[-2] != q.shape[2]:
             raise UserError("generation with a cache runs without context parallelism: set cp = 1")
-        length, bounds = q.shape[2] * self.size, None if documents is None else documents.tolist()
+        length = q.shape[2] * self.size
         owned = [zigzag_runs(length, self.size, rank) for rank in range(self.size)]
         tile = None if flash_fits(q, value_features(q, block, expand)) else TILE
-        cuts = [pieces(owned[self.rank], keys, q.shape[0], length, window, bounds, tile) for keys in owned]
+        cuts = [pieces(owned[self.rank], keys, q.shape[0], length, window, documents, tile) for keys in owned]
         return RingAttention.apply(self, q, sinks, expand, scale, cuts, *(t.contiguous() for t in block))
 
     def hops(self, block: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:

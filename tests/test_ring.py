@@ -330,7 +330,7 @@ def test_lengths_that_cannot_be_cut_are_refused(length, ranks):
 def test_what_documents_hide_from_a_rank_is_not_computed():
     """Documents of a chunk each: no rank needs another's keys."""
     owned = [zigzag_runs(16, 4, rank) for rank in range(4)]
-    documents = list(range(0, 17, 2))
+    documents = torch.arange(0, 17, 2)
     for here, there in pairwise(owned):
         assert pieces(here, there, 1, 16, documents=documents) == []
         assert len(pieces(here, here, 1, 16, documents=documents)) == 2

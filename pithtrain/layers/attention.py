@@ -71,7 +71,7 @@ def expand_latent(latent: Tensor, key_rope: Tensor, expand: Tensor, head_dim: in
     shared = key_rope.unsqueeze(1).expand(-1, heads, -1, -1)
     return torch.cat([both[..., :unrotated], shared], dim=-1), both[..., unrotated:]
 
-# %% ../../nbs/26_attention.py #OneRank@8596c712
+# %% ../../nbs/26_attention.py #OneRank@29eb3039
 class OneRank:
     """The core of a rank that holds whole sequences."""
 
@@ -91,9 +91,8 @@ class OneRank:
             return F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, scale=scale, enable_gqa=True)
         if documents is not None and queries != keys:
             raise ValueError(f"documents: {queries} queries meet {keys} keys; packed documents have no cache")
-        bounds = None if documents is None else documents.tolist()
         tile = None if flash_fits(q, v.shape[-1]) else TILE
-        cut = pieces([range(keys - queries, keys)], [range(keys)], rows, keys, window, bounds, tile)
+        cut = pieces([range(keys - queries, keys)], [range(keys)], rows, keys, window, documents, tile)
         return AttendPieces.apply(q, k, v, sinks, scale, cut)
 
     def attend_latent(
