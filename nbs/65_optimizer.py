@@ -57,9 +57,13 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConf
             chosen = [p for n, p in parameters.items() if (".experts." in n, p.dim() >= 2) == (experts, matrices)]
             if chosen:
                 groups.append({"params": chosen, "weight_decay": config.weight_decay if matrices else 0.0})
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
     )
+    for p in parameters.values():  # now and not at the first step: memory is short early or never
+        zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
+    return optimizer
 
 
 # %%

@@ -23,12 +23,10 @@ import re
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
 
-import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch import Tensor, nn
 
 from pithtrain.config import UserError
 
@@ -80,41 +78,40 @@ def disk_full(error: BaseException | None) -> bool:
 
 # %%
 #| export
-def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Any]:
-    """What a checkpoint holds, under global names."""
-    weights, averages = get_state_dict(model, optimizer)
-    return {"model": weights, "optimizer": averages, "step": torch.tensor(step)}
+def save_checkpoint(folder: Path, step: int, state: dict[str, Tensor], keep: int) -> Path:
+    """Save `state` as that after `step` and drop all but the newest `keep` checkpoints; return the new one's path.
 
-
-# %%
-#| export
-def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> Path:
-    """Save the state after `step` and drop all but the newest `keep` checkpoints; return the new one's path.
-
+    `state` holds tensors by their global names, DTensors where this rank has a piece. Every rank calls this.
     Raises UserError where the disk is full; older checkpoints are then untouched.
     """
+    many = dist.is_initialized()
+    first = not many or dist.get_rank() == 0
     target, partial = checkpoint_path(folder, step), folder / f".writing-{step:08d}"
-    shutil.rmtree(partial, ignore_errors=True)
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
             writer = dcp.FileSystemWriter(partial, sync_files=True)
-            dcp.save(training_state(model, optimizer, step), storage_writer=writer, no_dist=True)
+            dcp.save(state, storage_writer=writer, no_dist=not many)
     except (Exception, dcp.api.CheckpointException) as error:  # the latter is a BaseException
         shutil.rmtree(partial, ignore_errors=True)
         if disk_full(error):
             raise UserError(f"{folder}: the disk is full; free some space and run the same command again") from None
         raise
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(partial, target)
-    for old in checkpoint_steps(folder)[:-keep]:
-        shutil.rmtree(checkpoint_path(folder, old))
+    if first:
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(partial, target)
+        for old in checkpoint_steps(folder)[:-keep]:
+            shutil.rmtree(checkpoint_path(folder, old))
     return target
 
 
 # %%
 import tempfile
+
+import torch
 
 from pithtrain.config import OptimizerConfig, Qwen3MoeConfig
 from pithtrain.models.build import build
@@ -127,7 +124,16 @@ small = Qwen3MoeConfig(hidden=32, heads=4, head_dim=8, experts=4, expert_hidden=
 def new_run(seed):
     model = build(small)
     initialise(model, seed)
-    return model, make_optimizer(model, OptimizerConfig())
+    return model, make_optimizer(dict(model.named_parameters()), OptimizerConfig())
+
+
+def state(model, optimizer):  # what a learner's `state` is, for a model that is whole
+    averages = {
+        f"optimizer.{name}.{key}": optimizer.state[p][key]
+        for name, p in model.named_parameters()
+        for key in ("exp_avg", "exp_avg_sq", "step")
+    }
+    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()} | averages
 
 
 def some_step(model, optimizer, seed):
@@ -142,7 +148,7 @@ folder = Path(scratch.name) / "checkpoints"
 model, optimizer = new_run(seed=0)
 for step in range(1, 5):
     some_step(model, optimizer, step)
-    save_checkpoint(folder, step, model, optimizer, keep=2)
+    save_checkpoint(folder, step, state(model, optimizer), keep=2)
 for path in sorted(folder.rglob("*")):
     print(path.relative_to(folder), f"{path.stat().st_size:,} bytes" if path.is_file() else "")
 
@@ -155,33 +161,22 @@ for path in sorted(folder.rglob("*")):
 
 # %%
 #| export
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load the checkpoint at `path` into `model` and `optimizer`; return its step.
-
-    Raises UserError where the checkpoint is damaged or holds other tensors than the model's.
-    """
-    state = training_state(model, optimizer, 0)
-    read_checkpoint(path, state)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    return int(state["step"])
-
-
-# %%
-#| export
 def load_weights(path: Path, model: nn.Module) -> None:
     """Load only the weights of the checkpoint at `path` into `model`."""
-    state = {"model": model.state_dict()}
-    read_checkpoint(path, state)
+    read_checkpoint(path, {f"model.{name}": tensor for name, tensor in model.state_dict().items()})
 
 
 # %%
 #| export
-def read_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Fill the tensors of `state`, in place, from the checkpoint at `path`."""
+def read_checkpoint(path: Path, state: dict[str, Tensor]) -> None:
+    """Fill the tensors of `state`, in place, from the checkpoint at `path`, whatever mesh saved it.
+
+    Raises UserError where the checkpoint is damaged or holds other tensors than these.
+    """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
-            dcp.load(state, checkpoint_id=path, no_dist=True)
+            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     except (Exception, dcp.api.CheckpointException) as error:  # the latter is a BaseException
         cause = error
         if isinstance(error, dcp.api.CheckpointException):
@@ -194,7 +189,7 @@ def read_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 # %%
 other, other_optimizer = new_run(seed=1)
-assert load_checkpoint(checkpoint_path(folder, 4), other, other_optimizer) == 4
+read_checkpoint(checkpoint_path(folder, 4), state(other, other_optimizer))
 for seed in (7, 8):  # both go on from here alike
     some_step(model, optimizer, seed)
     some_step(other, other_optimizer, seed)
@@ -203,7 +198,7 @@ assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameter
 damaged = next(checkpoint_path(folder, 4).glob("*.distcp"))
 damaged.write_bytes(damaged.read_bytes()[:100])
 try:
-    load_checkpoint(checkpoint_path(folder, 4), other, other_optimizer)
+    read_checkpoint(checkpoint_path(folder, 4), state(other, other_optimizer))
 except UserError as error:
     print(str(error).replace(scratch.name, "RUN"))
 

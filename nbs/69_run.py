@@ -130,16 +130,14 @@ def open_run(folder: Path) -> Run:
 
 
 # %%
-from pithtrain.config import OptimizerConfig
 from pithtrain.train.checkpoint import save_checkpoint
-from pithtrain.train.optimizer import make_optimizer
 
 try:
     open_run(config.path)
 except UserError as error:
     print(str(error).replace(scratch.name, "runs"))
 model = build(small)
-save_checkpoint(config.path / "checkpoints", 7, model, make_optimizer(model, OptimizerConfig()), keep=1)
+save_checkpoint(config.path / "checkpoints", 7, {f"model.{n}": t for n, t in model.state_dict().items()}, keep=1)
 run = open_run(config.path)
 print(f"step {run.step}, {sum(p.numel() for p in run.model.parameters()):,} parameters")
 

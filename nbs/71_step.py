@@ -35,7 +35,7 @@ from pithtrain.parallel.pipeline.generate import generate
 from pithtrain.parallel.pipeline.lower import lower
 from pithtrain.parallel.pipeline.schedule import split_layers
 from pithtrain.parallel.ring import Ring, zigzag
-from pithtrain.parallel.sharding import ShardedStage, clip_gradients, shard_decoder, shard_layer
+from pithtrain.parallel.sharding import ShardedStage, clip_gradients, in_global_order, shard_decoder, shard_layer
 from pithtrain.train.batches import IGNORE, HeldOutBatches, TrainBatches
 from pithtrain.train.optimizer import make_optimizer
 
@@ -230,6 +230,26 @@ class Learner:
         """This rank's parameters under their global names."""
         for part in self.parts.values():
             yield from part.named_parameters()
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds beside the step, under global names; loading fills it in place."""
+        state = {}
+        for name, parameter in self.named_parameters():
+            averages = self.optimizer.state[parameter]
+            for key, tensor in (
+                (f"model.{name}", parameter.detach()),
+                (f"optimizer.{name}.exp_avg", averages["exp_avg"]),
+                (f"optimizer.{name}.exp_avg_sq", averages["exp_avg_sq"]),
+            ):
+                state[key] = in_global_order(name, tensor, self.mesh)
+        for part in self.parts.values():
+            state |= {f"model.{name}": buffer for name, buffer in part.named_buffers()}
+        return state
+
+    def resume(self, step: int) -> None:
+        """After `state` was filled with that behind `step`."""
+        for averages in self.optimizer.state.values():
+            averages["step"].fill_(step)
 
     def step(self, batches: list[Microbatch], rate: float) -> StepResult:
         """One optimiser step at learning rate `rate` on this rank's microbatches."""

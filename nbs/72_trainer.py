@@ -1,7 +1,7 @@
 # %% [markdown]
 # # The trainer
 #
-# > From a config to a trained model: one step, the loop around it, and what stands at the end.
+# > From a config to a trained model: the loop around the training step, and what stands at the end.
 
 # %%
 #| default_exp train.trainer
@@ -12,35 +12,40 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch.distributed import Store
 from tqdm import tqdm
 
 from pithtrain.config import Config, RunConfig, UserError
-from pithtrain.layers.balance import balance_loss, expert_load, routing_entropy, update_bias
-from pithtrain.layers.loss import linear_cross_entropy
-from pithtrain.models.qwen3_moe import Qwen3Moe, count_parameters, initialise
+from pithtrain.models.build import build
+from pithtrain.models.decoder import Decoder, count_parameters
+from pithtrain.parallel.launch import Launch
+from pithtrain.parallel.mesh import Mesh, check_axes, fit_axes, make_mesh
+from pithtrain.parallel.watch import process_group
 from pithtrain.train.baselines import bits_per_byte, score_baselines
-from pithtrain.train.batches import IGNORE, HeldOutBatches, TrainBatches
+from pithtrain.train.batches import HeldOutBatches, TrainBatches
 from pithtrain.train.checkpoint import (
     checkpoint_path,
     checkpoint_steps,
     disk_full,
-    load_checkpoint,
+    read_checkpoint,
     save_checkpoint,
 )
 from pithtrain.train.figures import save_figures
 from pithtrain.train.generate import generate
 from pithtrain.train.metrics import Metrics, read_metrics
-from pithtrain.train.optimizer import learning_rate, make_optimizer
+from pithtrain.train.optimizer import learning_rate
 from pithtrain.train.run import check_run_folder, create_run_folder
 from pithtrain.train.shards import Shards, prepare
+from pithtrain.train.step import Learner, StepResult, read_microbatches
 
 # %% [markdown]
 # ## What it runs on
@@ -72,119 +77,6 @@ def choose_compute(run: RunConfig) -> Compute:
 
 # %%
 choose_compute(RunConfig(device="cpu"))
-
-# %% [markdown]
-# ## One step
-#
-# A step's batch of sequences is worked through in microbatches, whose gradients add up. The loss is the
-# mean over *all* tokens of the step, so each microbatch divides its sum by that number, and the result
-# does not depend on how the batch was cut:
-#
-# $$\mathcal{L} = \frac{1}{N} \sum_{m} \sum_{t \in m} \ell_t + \frac{1}{M} \sum_{m} \text{balance}_m,$$
-#
-# with $N$ tokens and $M$ microbatches in the step. Then the gradient is clipped to a global norm, the
-# optimiser moves the weights, and loss-free balancing moves the selection biases.
-
-
-# %%
-#| export
-class StepResult(NamedTuple):
-    """What a step reports. L layers, E experts."""
-
-    loss: float  #: mean cross-entropy, nats per token
-    balance: float  #: mean balance loss, with its coefficients
-    grad_norm: float  #: global gradient norm before clipping
-    load: Tensor  #: (L, E) int64 pairs that each expert got in the step
-    entropy: Tensor  #: (L,) mean routing entropy, nats
-
-
-# %%
-#| export
-def train_step(
-    model: Qwen3Moe,
-    optimizer: torch.optim.Optimizer,
-    inputs: Tensor,
-    targets: Tensor,
-    config: Config,
-    rate: float,
-    dtype: torch.dtype,
-) -> StepResult:
-    """One optimiser step at learning rate `rate` on `inputs` and `targets`, (batch_size, sequence) int64."""
-    size, experts = config.train.micro_batch_size, config.model.experts
-    pieces = range(0, len(inputs), size)
-    tokens = (targets != IGNORE).sum()
-    losses = torch.zeros(2, device=inputs.device)
-    load = torch.zeros(config.model.layers, experts, dtype=torch.long, device=inputs.device)
-    entropy = torch.zeros(config.model.layers, device=inputs.device)
-    optimizer.zero_grad(set_to_none=True)
-    for start in pieces:
-        hidden, routing = model(inputs[start : start + size], dtype)
-        wanted = targets[start : start + size].flatten()
-        own = torch.stack([expert_load(routed.expert_ids, experts) for routed in routing])
-        load += own
-        entropy += torch.stack([routing_entropy(routed.probs) for routed in routing]) / len(pieces)
-        loss = linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, wanted) / tokens
-        balance = balance_loss(routing, own, load, size, config.balance) / len(pieces)
-        (loss + balance).backward()
-        losses += torch.stack([loss.detach(), balance.detach()])
-    clip = config.optimizer.clip or math.inf
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    if config.balance.bias_rate:
-        for layer, layer_load in zip(model.layers, load, strict=True):
-            update_bias(layer.router.bias, layer_load, config.balance.bias_rate)
-    return StepResult(losses[0].item(), losses[1].item(), float(grad_norm), load.cpu(), entropy.cpu())
-
-
-# %% [markdown]
-# Eight steps on a sentence that repeats: the loss falls, and cutting the batch in four changes nothing but
-# rounding.
-
-# %%
-from pithtrain.config import BalanceConfig, ModelConfig, OptimizerConfig, TrainConfig
-
-small = ModelConfig(hidden=64, heads=4, head_dim=16, experts=8, expert_hidden=32, vocab_size=300, layers=2)
-rows = (torch.arange(4 * 33).view(4, 33) * 7) % 31
-for micro_batch_size in (4, 1):
-    config = Config(
-        model=small,
-        balance=BalanceConfig(global_batch=0.0),
-        train=TrainConfig(steps=8, batch_size=4, micro_batch_size=micro_batch_size),
-    )
-    model = Qwen3Moe(small)
-    initialise(model, 0.02, 2, seed=0)
-    optimizer = make_optimizer(model, config.optimizer)
-    results = [train_step(model, optimizer, rows[:, :-1], rows[:, 1:], config, 0.003, torch.float32) for _ in range(8)]
-    print(f"microbatches of {micro_batch_size}:", " ".join(f"{r.loss:.4f}" for r in results))
-assert results[-1].loss < results[0].loss - 1
-
-# %% [markdown]
-# ## Validation
-#
-# The held-out text is split off by file and never trained on. Its loss is reported in nats per token, and
-# in *bits per byte* of text, which does not depend on the tokenizer: a tokenizer with longer tokens makes
-# each token harder and leaves fewer of them.
-
-
-# %%
-#| export
-@torch.no_grad()
-def evaluate(model: Qwen3Moe, batches: Iterable[tuple[Tensor, Tensor]], compute: Compute) -> tuple[float, int]:
-    """Summed cross-entropy in nats over all targets of `batches`, and the number of those targets."""
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for inputs, targets in batches:
-        hidden, _ = model(inputs.to(compute.device), compute.dtype)
-        wanted = targets.flatten().to(compute.device)
-        total += linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, wanted).cpu()
-        count += int((targets != IGNORE).sum())
-    return total.item(), count
-
-
-# %%
-nats, count = evaluate(model, [(rows[:, :-1], rows[:, 1:])], Compute(torch.device("cpu"), torch.float32))
-print(f"{nats / count:.4f} nats per token over {count} tokens")
 
 # %% [markdown]
 # ## Interrupting
@@ -240,33 +132,29 @@ class Trained:
 
 # %%
 #| export
-def train(config: Config) -> Trained:
+def train(config: Config, launch: Launch = Launch(), store: Store | None = None) -> Trained:
     """Train the run that `config` describes, from its newest checkpoint if it has one, and report it.
 
-    Raises UserError for anything about the config, the data or the machine that the user can mend.
+    Every rank of a job calls this with its own `launch` and the job's `store`. Raises UserError for anything
+    about the config, the data or the machine that the user can mend.
     """
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     compute = choose_compute(config.run)
-    check_run_folder(config)
-    corpus = Path(config.data.corpus) if config.data.corpus else None
-    shards = prepare(
-        Path(config.data.folder),
-        corpus,
-        config.data.pattern,
-        config.model.vocab_size,
-        config.data.held_out,
-        report=print,
-    )
-    found = shards.manifest
-    print(
-        f"{found.corpus}: {found.train.documents} files to train on, {found.train.tokens:,} tokens; "
-        f"{found.held_out.documents} held out; {found.empty} empty and {found.undecodable} undecodable skipped"
-    )
+    check_axes(config, fit_axes(config.mesh, launch.world_size))
+    if launch.rank == 0:
+        shards = open_data(config, report=print)
+    if store:  # rank 0 makes what is not there; only then do the others look
+        store.set("data", "") if launch.rank == 0 else store.wait(["data"], timedelta(days=1))
+    if launch.rank:
+        shards = open_data(config)
     batches = TrainBatches(shards.train, config.train.sequence_length, config.train.batch_size, config.run.seed)
     try:
-        create_run_folder(config, shards.folder / "tokenizer.json")
-        return run_steps(config, compute, shards, batches)
+        if launch.rank == 0:
+            create_run_folder(config, shards.folder / "tokenizer.json")
+        with process_group(launch, store, compute.device) as device:
+            mesh = make_mesh(config.mesh, launch.rank, launch.world_size, device)
+            return run_steps(config, mesh, compute.dtype, shards, batches)
     except OSError as error:
         if disk_full(error):
             raise UserError(f"{config.path}: the disk is full; free some space and run the same command") from None
@@ -275,29 +163,48 @@ def train(config: Config) -> Trained:
 
 # %%
 #| export
-def run_steps(config: Config, compute: Compute, shards: Shards, batches: TrainBatches) -> Trained:
+def open_data(config: Config, report: Callable[[str], None] = lambda line: None) -> Shards:
+    """The run's shards, made if they are not there; refuses a run folder that is another run's first."""
+    check_run_folder(config)
+    corpus, data = Path(config.data.corpus) if config.data.corpus else None, config.data
+    shards = prepare(Path(data.folder), corpus, data.pattern, config.model.vocab_size, data.held_out, report=report)
+    found = shards.manifest
+    report(
+        f"{found.corpus}: {found.train.documents} files to train on, {found.train.tokens:,} tokens; "
+        f"{found.held_out.documents} held out; {found.empty} empty and {found.undecodable} undecodable skipped"
+    )
+    return shards
+
+
+# %% [markdown]
+# The loop runs on every rank; the first one also speaks and writes. Whether to stop is agreed on in every
+# step, because a signal reaches ranks at different moments.
+
+
+# %%
+#| export
+def run_steps(config: Config, mesh: Mesh, dtype: torch.dtype, shards: Shards, batches: TrainBatches) -> Trained:
     """The training loop of `train`, over opened data, in a run folder that exists."""
-    folder, steps = config.path, config.train.steps
-    model = Qwen3Moe(config.model)
-    initialise(model, config.model.init_std, config.model.layers, config.run.seed)
-    model.to(compute.device)
-    optimizer = make_optimizer(model, config.optimizer)
+    folder, steps, first_rank = config.path, config.train.steps, mesh.rank == 0
+    learner = Learner(config, mesh, dtype)
     saved = checkpoint_steps(folder / "checkpoints")
-    first = load_checkpoint(checkpoint_path(folder / "checkpoints", saved[-1]), model, optimizer) if saved else 0
+    first = saved[-1] if saved else 0
     if first:
-        print(f"{folder}: going on from step {first}")
-    total, active = count_parameters(model, config.model.experts, config.model.top_k)
-    print(f"{total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active; {compute.device}, {compute.dtype}")
-    held_out = HeldOutBatches(shards.held_out, config.train.sequence_length, config.train.micro_batch_size)
+        read_checkpoint(checkpoint_path(folder / "checkpoints", first), learner.state())
+        learner.resume(first)
+    if first_rank:
+        print(describe_run(config, mesh, dtype, first))
+    rows = config.train.micro_batch_size * mesh.axes.batch_ranks
+    held_out = HeldOutBatches(shards.held_out, config.train.sequence_length, rows)
     tokens = config.train.batch_size * config.train.sequence_length
-    metrics = Metrics(config, first)
-    bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True)
+    metrics = Metrics(config, first) if first_rank else None
+    bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=not first_rank)
     with StopRequest() as stop, bar:
         for step in range(first + 1, steps + 1):
             start = time.perf_counter()
-            inputs, targets = (t.to(compute.device) for t in batches.batch(step - 1))
+            own = read_microbatches(batches, step - 1, config.train.micro_batch_size, mesh)
             rate = learning_rate(step, steps, config.optimizer)
-            result = train_step(model, optimizer, inputs, targets, config, rate, compute.dtype)
+            result = learner.step(own, rate)
             seconds = time.perf_counter() - start
             if not math.isfinite(result.loss):
                 raise UserError(
@@ -307,22 +214,51 @@ def run_steps(config: Config, compute: Compute, shards: Shards, batches: TrainBa
             record = step_record(step, result, rate, tokens, seconds)
             every = config.train.evaluate_every
             if step == steps or (every and step % every == 0):
-                nats, count = evaluate(model, held_out, compute)
+                nats, count = learner.evaluate(held_out)
                 record["validation_loss"] = nats / count
-            metrics.log(record)
+            if metrics:
+                metrics.log(record)
             bar.set_postfix_str(f"loss {result.loss:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
             bar.update()
-            last = step == steps or stop.requested
+            last = step == steps or any_rank(stop.requested, mesh)
             if last or (config.train.checkpoint_every and step % config.train.checkpoint_every == 0):
-                save_checkpoint(folder / "checkpoints", step, model, optimizer, config.train.keep)
+                state = learner.state() | {"step": torch.tensor(step)}
+                save_checkpoint(folder / "checkpoints", step, state, config.train.keep)
             if last:
                 break
         else:
             step = steps  # a finished run, started again
-    metrics.close()
-    if step == steps:
-        print(report(config, shards, model))
+    if metrics:
+        metrics.close()
+        if step == steps:
+            print(report(config, shards, learner.parts[0] if mesh.world_size == 1 else None))
     return Trained(folder, step, steps)
+
+
+# %%
+#| export
+def any_rank(flag: bool, mesh: Mesh) -> bool:
+    """Whether any rank says so."""
+    if mesh.world_size == 1:
+        return flag
+    said = torch.tensor(int(flag), device=mesh.device)
+    dist.all_reduce(said)
+    return bool(said)
+
+
+# %%
+#| export
+def describe_run(config: Config, mesh: Mesh, dtype: torch.dtype, first: int) -> str:
+    """A run's size and where it runs, in a line or two."""
+    with torch.device("meta"):
+        whole = build(config.model)
+    total, active = count_parameters(whole, config.model.experts, config.model.top_k)
+    where = f"{mesh.device.type}, {dtype}"
+    if mesh.world_size > 1:
+        sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.axes._asdict().items() if size > 1)
+        where = f"{mesh.world_size} ranks ({sizes}), {where}"
+    resumed = f"{config.path}: going on from step {first}\n" if first else ""
+    return f"{resumed}{total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active; {where}"
 
 
 # %% [markdown]
@@ -351,7 +287,8 @@ def step_record(step: int, result: StepResult, rate: float, tokens: int, seconds
 
 
 # %%
-{k: v for k, v in step_record(8, results[-1], 0.003, 128, 0.02).items() if k != "load"}
+load = torch.tensor([[30, 10, 12, 12]])
+step_record(8, StepResult(2.5, 0.01, 0.7, load, torch.tensor([1.2])), 0.003, 64, 0.02)
 
 # %% [markdown]
 # ## The report
@@ -363,8 +300,11 @@ def step_record(step: int, result: StepResult, rate: float, tokens: int, seconds
 
 # %%
 #| export
-def report(config: Config, shards: Shards, model: Qwen3Moe) -> str:
-    """Write results.json, sample.txt and the figures of a finished run; return the table to print."""
+def report(config: Config, shards: Shards, model: Decoder | None) -> str:
+    """Write results.json, sample.txt and the figures of a finished run; return the table to print.
+
+    Without the whole model on this rank there is no sample; `pithtrain generate` gives one.
+    """
     folder, records = config.path, read_metrics(config.path / "metrics.jsonl")
     last = records[-1]
     train_tokens, held_out = (split.take(np.arange(len(split))) for split in (shards.train, shards.held_out))
@@ -382,12 +322,15 @@ def report(config: Config, shards: Shards, model: Qwen3Moe) -> str:
         "torch": torch.__version__,
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    sample = generate(model, shards.tokenizer, "def ", 200, config.train.sequence_length)
-    (folder / "sample.txt").write_text(sample + "\n")
     figures = save_figures(folder, records, baselines)
     lines = [f"{'held-out text':<22}{'nats per token':>16}{'bits per byte':>16}"]
     lines += [f"{name:<22}{loss:>16.3f}{bits[name]:>16.3f}" for name, loss in table.items()]
-    lines += ["", "a sample:", *(f"    {line}" for line in sample.splitlines()), ""]
+    if model:
+        sample = generate(model, shards.tokenizer, "def ", 200, config.train.sequence_length)
+        (folder / "sample.txt").write_text(sample + "\n")
+        lines += ["", "a sample:", *(f"    {line}" for line in sample.splitlines()), ""]
+    else:
+        lines += ["", f"a sample: pithtrain generate {folder}"]
     lines += [f"figures: {', '.join(str(path) for path in figures)}"]
     return "\n".join(lines)
 
@@ -401,13 +344,13 @@ def report(config: Config, shards: Shards, model: Qwen3Moe) -> str:
 # %%
 import tempfile
 
-from pithtrain.config import DataConfig
+from pithtrain.config import DataConfig, OptimizerConfig, Qwen3MoeConfig, TrainConfig
 
 scratch = tempfile.TemporaryDirectory()
 config = Config(
     run=RunConfig(name="demo", folder=scratch.name + "/runs", device="cpu"),
     data=DataConfig(pattern="[abc]*.py", folder=scratch.name + "/data", held_out=0.1),
-    model=ModelConfig(hidden=64, heads=4, head_dim=16, experts=8, expert_hidden=64, vocab_size=512, layers=2),
+    model=Qwen3MoeConfig(hidden=64, heads=4, head_dim=16, experts=8, expert_hidden=64, vocab_size=512, layers=2),
     optimizer=OptimizerConfig(learning_rate=5e-3, warmup=5),
     train=TrainConfig(steps=120, sequence_length=64, batch_size=16, micro_batch_size=8),
 )

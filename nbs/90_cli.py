@@ -13,11 +13,22 @@
 #| export
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 import pithtrain
-from pithtrain.config import UserError, describe_settings, load_config, load_run_config
+from pithtrain.config import (
+    MeshConfig,
+    UserError,
+    describe_settings,
+    load_config,
+    load_run_config,
+    parse_override,
+    section_from_table,
+)
+from pithtrain.parallel.launch import find_launch, launch
+
 
 # %% [markdown]
 # ## Overrides
@@ -84,14 +95,81 @@ def save_json(result: dict, path: Path | None) -> None:
 # %%
 #| export
 def train_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Train a run, or go on with it."""
-    config = load_config(arguments.config, parse_overrides(overrides))
-    from pithtrain.train.trainer import train
+    """Train a run, or go on with it: alone, or as one rank of a job that a launcher started."""
+    launch = find_launch(os.environ)
+    if launch.world_size == 1:
+        config = load_config(arguments.config, parse_overrides(overrides))
+        from pithtrain.train.trainer import train
 
-    trained = train(config)
+        trained = train(config)
+    else:
+        from pithtrain.parallel.watch import watch
+
+        with watch(launch) as store:
+            config = load_config(arguments.config, parse_overrides(overrides))
+            from pithtrain.train.trainer import train
+
+            trained = train(config, launch, store)
     if trained.step < trained.steps:
-        print(f"stopped and saved at step {trained.step} of {trained.steps}; the same command goes on from there")
+        if launch.rank == 0:
+            print(f"stopped and saved at step {trained.step} of {trained.steps}; the same command goes on from there")
         return 130
+    return 0
+
+
+# %%
+#| export
+def launch_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Start `pithtrain train` as several ranks on this host."""
+    config = load_config(arguments.config, parse_overrides(overrides))  # a mistake is answered once
+    from pithtrain.parallel.mesh import check_axes, fit_axes
+
+    check_axes(config, fit_axes(config.mesh, arguments.nproc))
+    return launch(arguments.nproc, ["-m", "pithtrain.cli", "train", str(arguments.config), *overrides])
+
+
+# %%
+#| export
+def parse_mesh(text: str) -> tuple[MeshConfig, int]:
+    """`dp=2,ep=2` as a mesh, and the ranks that it takes. Raises UserError for what is not a mesh."""
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    mesh = section_from_table(MeshConfig, "--mesh", {key: parse_override(value) for key, _, value in pairs})
+    ranks = mesh.pp * (mesh.dp or mesh.copies) * mesh.cp * mesh.ep
+    if mesh.dp % mesh.copies:
+        raise UserError(f"--mesh.copies: {mesh.copies} does not divide dp, {mesh.dp}")
+    return mesh, ranks
+
+
+# %%
+#| export
+def verify_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Compare a mesh of CPU processes with one process; 0 where they agree."""
+    config = load_config(arguments.config, parse_overrides(overrides))
+    mesh, ranks = parse_mesh(arguments.mesh)
+    from pithtrain.verify import verify
+
+    (found,) = verify(config, [mesh], ranks, arguments.steps)
+    print(f"{arguments.steps} steps on {ranks} processes ({arguments.mesh}) against one, largest relative differences")
+    for what, value in (("loss", found.loss), ("balance loss", found.balance), ("gradient norm", found.grad_norm)):
+        print(f"  {what:<16}{value:.1e}")
+    print(f"  {'weights':<16}{found.weight:.1e}  ({found.name})")
+    print(f"  {'routed elsewhere':<16} {found.load:.1e} of the pairs")
+    passed = found.largest <= arguments.tolerance
+    print(f"{'PASS' if passed else 'FAIL'}: {found.largest:.1e}, tolerance {arguments.tolerance:.1e}")
+    return 0 if passed else 1
+
+
+# %%
+#| export
+def rehearse_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Run one rank of a mesh on this device, without its peers."""
+    check_output(arguments.json, ".json")
+    config = load_config(arguments.config, parse_overrides(overrides))
+    from pithtrain.rehearse import describe_rehearsal, rehearse
+
+    result = rehearse(config, arguments.rank, arguments.ranks, arguments.steps)
+    print(describe_rehearsal(result))
+    save_json(result._asdict(), arguments.json)
     return 0
 
 
@@ -209,6 +287,40 @@ def make_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("config", type=Path, help="the run's TOML file, for one configs/tiny.toml")
     train.set_defaults(command=train_command)
+
+    several = commands.add_parser(
+        "launch",
+        help="train as several ranks on this host",
+        usage="pithtrain launch --nproc N CONFIG [--SECTION.KEY VALUE ...]",
+        description="Start N ranks of `pithtrain train` here. On many hosts use torchrun or srun instead.",
+        allow_abbrev=False,
+    )
+    several.add_argument("--nproc", type=ranged(int, 1), required=True, help="number of ranks")
+    several.add_argument("config", type=Path, help="the run's TOML file; settings can be overridden as in train")
+    several.set_defaults(command=launch_command)
+
+    verify = commands.add_parser(
+        "verify", help="check that a mesh of processes trains as one process does", allow_abbrev=False
+    )
+    verify.add_argument("config", type=Path, help="the run's TOML file; settings can be overridden as in train")
+    verify.add_argument("--mesh", required=True, help="sizes of the axes, for one dp=2,ep=2")
+    verify.add_argument("--steps", type=ranged(int, 1), default=3, help="optimiser steps (default %(default)s)")
+    verify.add_argument(
+        "--tolerance", type=ranged(float, 0), default=1e-5, help="largest relative difference (default %(default)s)"
+    )
+    verify.set_defaults(command=verify_command)
+
+    rehearse = commands.add_parser(
+        "rehearse", help="run one rank of a mesh without its peers: does it fit?", allow_abbrev=False
+    )
+    rehearse.add_argument("config", type=Path, help="the run's TOML file; settings can be overridden as in train")
+    rehearse.add_argument("--ranks", type=ranged(int, 1), required=True, help="ranks of the job")
+    rehearse.add_argument("--rank", type=ranged(int, 0), default=0, help="the one to be (default %(default)s)")
+    rehearse.add_argument(
+        "--steps", type=ranged(int, 1), default=3, help="steps, the first warms up (default %(default)s)"
+    )
+    rehearse.add_argument("--json", type=Path, help="write the result to this file")
+    rehearse.set_defaults(command=rehearse_command)
 
     generate = commands.add_parser("generate", help="text from a trained run", allow_abbrev=False)
     generate.add_argument("run", type=Path, help="the run's folder, runs/NAME")

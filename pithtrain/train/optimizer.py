@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config import OptimizerConfig
 
-# %% ../../nbs/65_optimizer.py #make_optimizer@b998d038
+# %% ../../nbs/65_optimizer.py #make_optimizer@eac0e7af
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over named parameters: weight decay on those of two or more axes, none on vectors.
 
@@ -25,9 +25,13 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConf
             chosen = [p for n, p in parameters.items() if (".experts." in n, p.dim() >= 2) == (experts, matrices)]
             if chosen:
                 groups.append({"params": chosen, "weight_decay": config.weight_decay if matrices else 0.0})
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
     )
+    for p in parameters.values():  # now and not at the first step: memory is short early or never
+        zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
+    return optimizer
 
 # %% ../../nbs/65_optimizer.py #learning_rate@0913b505
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:

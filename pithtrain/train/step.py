@@ -5,7 +5,7 @@
 # %% auto
 __all__ = ['Microbatch', 'read_microbatches', 'Attach', 'Objective', 'build_part', 'StepResult', 'Learner']
 
-# %% ../../nbs/71_step.py #imports@86d0925d
+# %% ../../nbs/71_step.py #imports@3743bc18
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from ..parallel.pipeline.generate import generate
 from ..parallel.pipeline.lower import lower
 from ..parallel.pipeline.schedule import split_layers
 from ..parallel.ring import Ring, zigzag
-from ..parallel.sharding import ShardedStage, clip_gradients, shard_decoder, shard_layer
+from ..parallel.sharding import ShardedStage, clip_gradients, in_global_order, shard_decoder, shard_layer
 from .batches import IGNORE, HeldOutBatches, TrainBatches
 from .optimizer import make_optimizer
 
@@ -141,7 +141,7 @@ class StepResult(NamedTuple):
     load: Tensor  #: (L, E) int64 pairs that each expert got in the step
     entropy: Tensor  #: (L,) mean routing entropy, nats
 
-# %% ../../nbs/71_step.py #Learner@92d8da0f
+# %% ../../nbs/71_step.py #Learner@8de3eb2d
 class Learner:
     """What one rank trains: its parts of the model, their optimiser, and the engine that runs them.
 
@@ -181,6 +181,26 @@ class Learner:
         """This rank's parameters under their global names."""
         for part in self.parts.values():
             yield from part.named_parameters()
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds beside the step, under global names; loading fills it in place."""
+        state = {}
+        for name, parameter in self.named_parameters():
+            averages = self.optimizer.state[parameter]
+            for key, tensor in (
+                (f"model.{name}", parameter.detach()),
+                (f"optimizer.{name}.exp_avg", averages["exp_avg"]),
+                (f"optimizer.{name}.exp_avg_sq", averages["exp_avg_sq"]),
+            ):
+                state[key] = in_global_order(name, tensor, self.mesh)
+        for part in self.parts.values():
+            state |= {f"model.{name}": buffer for name, buffer in part.named_buffers()}
+        return state
+
+    def resume(self, step: int) -> None:
+        """After `state` was filled with that behind `step`."""
+        for averages in self.optimizer.state.values():
+            averages["step"].fill_(step)
 
     def step(self, batches: list[Microbatch], rate: float) -> StepResult:
         """One optimiser step at learning rate `rate` on this rank's microbatches."""

@@ -1,0 +1,160 @@
+# %% [markdown]
+# # Rehearsal: one rank without its peers
+#
+# > Runs any single rank of any mesh on one device, with the shapes and the memory it would have in the job.
+#
+# Whether a run fits is best known before a cluster is paid for. A rank's memory depends on its own shapes
+# alone: its layers, its shard of the weights, the tokens that arrive at its experts, the microbatches that
+# its schedule keeps alive. So one rank can be run with nobody to talk to. torch has a process group that
+# pretends: every collective returns at once, and what would have arrived is whatever the buffer held.
+#
+# Two things must be made up for. Hidden states that never arrive from the stage before are drawn at random,
+# so that the router spreads tokens as an untrained router does. And a rank takes its peers' tokens to be as
+# many as those it sends itself, since all peers' batches are alike.
+#
+# What a rehearsal does not show is the time that communication takes.
+
+# %%
+#| default_exp rehearse
+
+# %%
+#| export
+import resource
+import time
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from pithtrain.config import Config, UserError
+from pithtrain.parallel.mesh import check_axes, fit_axes, make_mesh
+from pithtrain.parallel.pipeline.engine import Stage
+from pithtrain.train.step import Learner, read_microbatches
+from pithtrain.train.trainer import choose_compute
+from pithtrain.verify import RandomBatches
+
+
+# %%
+#| export
+class Rehearsal(NamedTuple):
+    """What one rank needs. Memory in bytes: on a GPU of tensors, on the CPU of the process."""
+
+    rank: int
+    ranks: int
+    place: dict[str, int]  #: coordinates along the axes
+    device: str
+    parameters: int  #: on this rank
+    peak_bytes: int
+    step_seconds: float  #: without communication; the fastest step
+    tokens_per_step: int  #: of the whole job
+
+
+# %%
+#| export
+class Unfed:
+    """A stage whose input and output gradient never arrive: it draws them at random."""
+
+    def __init__(self, stage: Stage):
+        self.stage = stage
+
+    def drawn(self, like: Tensor | None) -> Tensor | None:
+        return like if like is None or not like.dim() else torch.randn_like(like)
+
+    def forward(self, x: Tensor | None, batch: Any) -> tuple[Tensor, Any]:
+        return self.stage.forward(self.drawn(x), batch)
+
+    def backward(self, saved: Any, grad: Tensor) -> Tensor | None:
+        return self.stage.backward(saved, self.drawn(grad))
+
+    def backward_input(self, saved: Any, grad: Tensor) -> tuple[Tensor | None, Any]:
+        return self.stage.backward_input(saved, self.drawn(grad))
+
+    def backward_weight(self, saved: Any) -> None:
+        self.stage.backward_weight(saved)
+
+    def unshard(self) -> Any:
+        return self.stage.unshard()
+
+    def reshard(self) -> None:
+        self.stage.reshard()
+
+    def reduce(self) -> Any:
+        return self.stage.reduce()
+
+
+# %%
+#| export
+def rehearse(config: Config, rank: int, ranks: int, steps: int = 3) -> Rehearsal:
+    """Run `steps` steps as `rank` of `ranks` on this machine's device. This process must have no process group.
+
+    Raises UserError where the mesh does not fit.
+    """
+    if rank >= ranks:
+        raise UserError(f"--rank: {rank} is not one of {ranks} ranks, which are counted from 0")
+    check_axes(config, fit_axes(config.mesh, ranks))
+    compute = choose_compute(config.run)
+    if ranks > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    try:
+        mesh = make_mesh(config.mesh, rank, ranks, compute.device)
+        learner = Learner(config, mesh, compute.dtype)
+        learner.engine.stages = {number: Unfed(stage) for number, stage in learner.engine.stages.items()}
+        train = config.train
+        batches = RandomBatches(config.model.vocab_size, train.sequence_length, train.batch_size)
+        seconds = []
+        for step in range(steps):
+            own = read_microbatches(batches, step, train.micro_batch_size, mesh)
+            start = time.perf_counter()
+            learner.step(own, config.optimizer.learning_rate)  # ends with numbers on the host
+            seconds.append(time.perf_counter() - start)
+        cuda = compute.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        held = sum(state["exp_avg"].to_local().numel() if ranks > 1 else state["exp_avg"].numel()
+                   for state in learner.optimizer.state.values())  # fmt: skip
+        return Rehearsal(
+            rank,
+            ranks,
+            mesh.coordinates._asdict(),
+            torch.cuda.get_device_name() if cuda else "cpu",
+            held,
+            peak,
+            min(seconds),
+            train.batch_size * train.sequence_length,
+        )
+    finally:
+        if ranks > 1:
+            dist.destroy_process_group()
+
+
+# %%
+#| export
+def describe_rehearsal(result: Rehearsal) -> str:
+    """The rehearsal in four lines."""
+    place = ", ".join(f"{axis} {number}" for axis, number in result.place.items())
+    return "\n".join(
+        [
+            f"rank {result.rank} of {result.ranks} ({place}) on {result.device}",
+            f"  parameters held  {result.parameters / 1e6:,.1f} M",
+            f"  peak memory      {result.peak_bytes / 2**30:.2f} GiB",
+            f"  step             {result.step_seconds * 1e3:,.0f} ms without communication, "
+            f"{result.tokens_per_step:,} tokens in the whole job",
+        ]
+    )
+
+
+# %% [markdown]
+# A model in four pieces, and what each rank of the pipeline holds:
+
+# %%
+from pithtrain.config import MeshConfig, Qwen3MoeConfig, RunConfig, TrainConfig
+
+config = Config(
+    run=RunConfig(device="cpu"),
+    model=Qwen3MoeConfig(hidden=64, heads=4, head_dim=16, expert_hidden=64, layers=6, tie_embeddings=False),
+    train=TrainConfig(sequence_length=64, batch_size=512, micro_batch_size=2),
+    mesh=MeshConfig(pp=2, cp=2, ep=4),
+)
+for rank in (0, 37, 255):
+    print(describe_rehearsal(rehearse(config, rank, 256)))
