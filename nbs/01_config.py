@@ -40,7 +40,8 @@ class UserError(Exception):
 # ## Fields
 #
 # `knob` is `dataclasses.field` with a sentence of documentation and a range. `free=True` marks a field
-# that does not change the trained weights (how often to save, where to log): a resumed run may change it.
+# that does not change the trained weights by more than rounding (how often to save, on how many ranks to
+# run): a resumed run may change it.
 
 
 # %%
@@ -114,7 +115,7 @@ class TrainConfig:
     steps: int = knob(200, "optimiser steps", low=1)
     sequence_length: int = knob(256, "tokens of a sequence", low=1)
     batch_size: int = knob(16, "sequences of an optimiser step", low=1)
-    micro_batch_size: int = knob(16, "sequences of one forward and backward pass of a rank", low=1)
+    micro_batch_size: int = knob(16, "sequences of one forward and backward pass of a rank", low=1, free=True)
     recompute: Literal["none", "attention", "experts", "layer"] = knob(
         "none", "part of each layer whose activations are made again in the backward instead of kept", free=True
     )

@@ -99,8 +99,8 @@ def check_axes(config: Config, axes: Axes) -> None:
         ),
         (
             train.batch_size % (train.micro_batch_size * axes.batch_ranks) == 0,
-            f"train.batch_size: {train.batch_size} is not a multiple of {train.micro_batch_size} sequences "
-            f"(train.micro_batch_size) for each of {axes.batch_ranks} ranks (mesh.dp x mesh.ep)",
+            f"train.micro_batch_size: {train.micro_batch_size} sequences on each of {axes.batch_ranks} ranks "
+            f"(mesh.dp x mesh.ep) do not divide train.batch_size, {train.batch_size}",
         ),
         (
             axes.pp == 1 or not model.tie_embeddings,

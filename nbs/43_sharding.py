@@ -136,14 +136,14 @@ class ShardedStage(ModuleStage):
 #| export
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], limit: float, mesh: Mesh) -> Tensor:
-    """The global gradient norm, an fp32 scalar; gradients are scaled in place to at most `limit`."""
+    """The global gradient norm, an fp64 scalar; gradients are scaled in place to at most `limit`."""
     grads = [g.to_local() if isinstance(g, DTensor) else g for p in parameters if (g := p.grad) is not None]
-    square = torch.stack(torch._foreach_norm(grads)).square().sum()
+    square = torch.stack(torch._foreach_norm(grads, dtype=torch.float64)).square().sum()
     if mesh.world_size > 1:
         square /= mesh.copies
         dist.all_reduce(square)
     norm = square.sqrt()
-    torch._foreach_mul_(grads, torch.clamp(limit / (norm + 1e-6), max=1.0))
+    torch._foreach_mul_(grads, torch.clamp(limit / (norm + 1e-6), max=1.0).float())
     return norm
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from pithtrain.config import Config, MeshConfig, UserError
-from pithtrain.parallel.mesh import Mesh, fit_axes, make_mesh
+from pithtrain.parallel.mesh import Mesh, check_axes, fit_axes, make_mesh
 from pithtrain.parallel.sharding import in_global_order
 from pithtrain.train.optimizer import learning_rate
 from pithtrain.train.step import Learner, StepResult, read_microbatches
@@ -61,6 +61,15 @@ class RandomBatches:
 
 # %%
 #| export
+Prepare = Callable[[Learner], None]  # may change a learner before its first step
+
+
+def nothing(learner: Learner) -> None:
+    """Leaves the learner as it is."""
+
+
+# %%
+#| export
 class Trace(NamedTuple):
     """A few steps of training, and the weights behind them under their global names, whole, on the CPU."""
 
@@ -70,14 +79,10 @@ class Trace(NamedTuple):
 
 # %%
 #| export
-def trace(config: Config, mesh: Mesh, steps: int, prepare: Callable[[Learner], None] | None = None) -> Trace:
-    """Train `steps` steps of `config` on random tokens. With pipelines, a rank has the weights of its stages.
-
-    `prepare` may change the learner before the first step.
-    """
+def trace(config: Config, mesh: Mesh, steps: int, prepare: Prepare) -> Trace:
+    """Train `steps` steps of `config` on random tokens. With pipelines, a rank has the weights of its stages."""
     learner = Learner(config, mesh)
-    if prepare:
-        prepare(learner)
+    prepare(learner)
     train = config.train
     batches = RandomBatches(config.model.vocab_size, train.sequence_length, train.batch_size)
     results = []
@@ -112,6 +117,24 @@ def reference_config(config: Config, batch_ranks: int) -> Config:
         )
     size = train.micro_batch_size * batch_ranks
     return dataclasses.replace(config, mesh=MeshConfig(), train=dataclasses.replace(train, micro_batch_size=size))
+
+
+# %% [markdown]
+# A config that was written for one process need not fit a mesh. For a check of the engine it is changed as
+# little as possible.
+
+
+# %%
+#| export
+def fit_config(config: Config, world_size: int) -> Config:
+    """`config` with a microbatch, and a head of its own, that its mesh of so many ranks can work with."""
+    axes, train, model = fit_axes(config.mesh, world_size), config.train, config.model
+    share = train.batch_size // axes.batch_ranks
+    needed = 1 if axes.pp == 1 else min(2 * axes.pp, share)  # microbatches that fill a pipeline
+    size = next((s for s in range(min(train.micro_batch_size, share // needed), 0, -1) if share % s == 0), 1)
+    if axes.pp > 1 and model.tie_embeddings:
+        model = dataclasses.replace(model, tie_embeddings=False)
+    return dataclasses.replace(config, model=model, train=dataclasses.replace(train, micro_batch_size=size))
 
 
 # %%
@@ -159,17 +182,16 @@ def compare(found: Trace, wanted: Trace) -> Comparison:
 
 # %%
 #| export
-def run_rank(rank: int, meshes: Sequence[MeshConfig], configs: Sequence[Config], world_size: int, steps: int,
-             prepare: Callable[[Learner], None] | None, folder: str) -> None:  # fmt: skip
-    """One process of `verify`: every mesh in turn."""
+def run_rank(rank: int, configs: Sequence[Config], world_size: int, steps: int, prepare: Prepare, folder: str) -> None:
+    """One process of `verify`: every config in turn."""
     torch.set_num_threads(1)
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # it minds two gathers
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
-    worst: list[Any] = []
-    for number, (mesh, config) in enumerate(zip(meshes, configs, strict=True)):
-        here = make_mesh(mesh, rank, world_size, torch.device("cpu"))
-        found = trace(dataclasses.replace(config, mesh=mesh), here, steps, prepare)
+    worst: list[Comparison] = []
+    for number, config in enumerate(configs):
+        mesh = make_mesh(config.mesh, rank, world_size, torch.device("cpu"))
+        found = trace(config, mesh, steps, prepare)
         wanted = torch.load(f"{folder}/reference-{number}", weights_only=False)
         every: list[Any] = [None] * world_size
         dist.all_gather_object(every, compare(found, wanted))
@@ -181,26 +203,45 @@ def run_rank(rank: int, meshes: Sequence[MeshConfig], configs: Sequence[Config],
 
 # %%
 #| export
-def verify(
-    config: Config, meshes: Sequence[MeshConfig], world_size: int, steps: int = 3,
-    prepare: Callable[[Learner], None] | None = None,
-) -> list[Comparison]:  # fmt: skip
-    """Compare each of `meshes` over `world_size` CPU processes with one process.
+def verify(configs: Sequence[Config], world_size: int, steps: int = 3, prepare: Prepare = nothing) -> list[Comparison]:
+    """Compare each of `configs`, on its mesh of `world_size` CPU processes, with one process.
 
     Raises UserError for a mesh that does not fit, before any process starts.
     """
     alone = Mesh(fit_axes(MeshConfig(), 1))
-    configs = [dataclasses.replace(config, mesh=mesh) for mesh in meshes]
+    for config in configs:
+        check_axes(config, fit_axes(config.mesh, world_size))
     references: dict[Config, Trace] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for number, mesh in enumerate(meshes):
-            reference = reference_config(config, fit_axes(mesh, world_size).batch_ranks)
+        for number, config in enumerate(configs):
+            reference = reference_config(config, fit_axes(config.mesh, world_size).batch_ranks)
             if reference not in references:
                 references[reference] = trace(reference, alone, steps, prepare)
             torch.save(references[reference], Path(folder) / f"reference-{number}")
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["pithtrain.verify"])
-        mp.start_processes(
-            run_rank, (meshes, configs, world_size, steps, prepare, folder), world_size, start_method="forkserver"
-        )
+        mp.get_context("forkserver").set_forkserver_preload(["pithtrain.verify"])  # torch is imported once
+        arguments = (configs, world_size, steps, prepare, folder)
+        mp.start_processes(run_rank, arguments, world_size, start_method="forkserver")
         return torch.load(f"{folder}/result", weights_only=False)
+
+
+# %% [markdown]
+# Two processes, each with half of the experts, and with half of each sequence:
+
+# %%
+import tempfile
+
+from pithtrain.config import BalanceConfig, Qwen3MoeConfig, TrainConfig
+
+small = Config(
+    model=Qwen3MoeConfig(vocab_size=300, layers=2, hidden=32, heads=4, head_dim=8, experts=8, expert_hidden=16),
+    train=TrainConfig(steps=20, sequence_length=32, batch_size=8, micro_batch_size=2),
+    balance=BalanceConfig(global_batch=0.01),
+)
+meshes = [MeshConfig(ep=2), MeshConfig(cp=2)]
+if __name__ == "__main__":  # the processes import this file, as a script they would run it again
+    for mesh, found in zip(meshes, verify([dataclasses.replace(small, mesh=mesh) for mesh in meshes], 2), strict=True):
+        print(f"ep {mesh.ep}, cp {mesh.cp}: loss {found.loss:.0e}, weights {found.weight:.0e} ({found.name})")
+        assert found.largest < 1e-5
+
+# %% [markdown]
+# Next: what one rank of a large job needs, [without the job](88_rehearse.py).

@@ -12,6 +12,7 @@
 # %%
 #| export
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ from pithtrain.config import (
     MeshConfig,
     UserError,
     describe_settings,
+    differences,
     load_config,
     load_run_config,
     parse_override,
@@ -146,14 +148,18 @@ def verify_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Compare a mesh of CPU processes with one process; 0 where they agree."""
     config = load_config(arguments.config, parse_overrides(overrides))
     mesh, ranks = parse_mesh(arguments.mesh)
-    from pithtrain.verify import verify
+    from pithtrain.verify import fit_config, verify
 
-    (found,) = verify(config, [mesh], ranks, arguments.steps)
+    config = dataclasses.replace(config, mesh=mesh)
+    fitted = fit_config(config, ranks)
+    for change in differences(fitted, config):
+        print(f"for this mesh: {change}")
+    (found,) = verify([fitted], ranks, arguments.steps)
     print(f"{arguments.steps} steps on {ranks} processes ({arguments.mesh}) against one, largest relative differences")
     for what, value in (("loss", found.loss), ("balance loss", found.balance), ("gradient norm", found.grad_norm)):
         print(f"  {what:<16}{value:.1e}")
     print(f"  {'weights':<16}{found.weight:.1e}  ({found.name})")
-    print(f"  {'routed elsewhere':<16} {found.load:.1e} of the pairs")
+    print(f"  {'routing':<16}{found.load:.1e}  of the pairs went to another expert")
     passed = found.largest <= arguments.tolerance
     print(f"{'PASS' if passed else 'FAIL'}: {found.largest:.1e}, tolerance {arguments.tolerance:.1e}")
     return 0 if passed else 1

@@ -27,7 +27,7 @@ def knob(default: Any, doc: str, *, low: float | None = None, high: float | None
     """A dataclass field with its documentation, its allowed range (inclusive) and whether a resume may change it."""
     return field(default=default, metadata={"doc": doc, "low": low, "high": high, "free": free})
 
-# %% ../nbs/01_config.py #RunConfig@71fcee65
+# %% ../nbs/01_config.py #RunConfig@28a21b1b
 @dataclass(frozen=True)
 class RunConfig:
     """Where a run lives and what it runs on."""
@@ -84,7 +84,7 @@ class TrainConfig:
     steps: int = knob(200, "optimiser steps", low=1)
     sequence_length: int = knob(256, "tokens of a sequence", low=1)
     batch_size: int = knob(16, "sequences of an optimiser step", low=1)
-    micro_batch_size: int = knob(16, "sequences of one forward and backward pass of a rank", low=1)
+    micro_batch_size: int = knob(16, "sequences of one forward and backward pass of a rank", low=1, free=True)
     recompute: Literal["none", "attention", "experts", "layer"] = knob(
         "none", "part of each layer whose activations are made again in the backward instead of kept", free=True
     )

@@ -105,7 +105,7 @@ def test_a_run_leaves_what_it_promises_and_repeats_exactly(command, tmp_path, ca
 
 def test_interrupted_and_resumed_ends_with_the_same_bits(command, tmp_path, monkeypatch, capsys):
     assert cli.main(command("--run.name", "whole")) == 0
-    step = trainer.train_step
+    step = trainer.Learner.step
     calls = 0
 
     def interrupted(*arguments):
@@ -115,7 +115,7 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(command, tmp_path, monk
             signal.raise_signal(signal.SIGINT)
         return step(*arguments)
 
-    monkeypatch.setattr(trainer, "train_step", interrupted)
+    monkeypatch.setattr(trainer.Learner, "step", interrupted)
     assert cli.main(command()) == 130
     assert "step 5 of 8; the same command goes on" in capsys.readouterr().out
     assert cli.main(command()) == 0
@@ -126,7 +126,7 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(command, tmp_path, monk
 
 def test_killed_between_checkpoints_repeats_the_lost_steps(command, tmp_path, monkeypatch):
     assert cli.main(command("--run.name", "whole")) == 0
-    step = trainer.train_step
+    step = trainer.Learner.step
     calls = 0
 
     def killed(*arguments):
@@ -136,10 +136,10 @@ def test_killed_between_checkpoints_repeats_the_lost_steps(command, tmp_path, mo
             raise KeyboardInterrupt  # stands for a kill: nothing is saved
         return step(*arguments)
 
-    monkeypatch.setattr(trainer, "train_step", killed)
+    monkeypatch.setattr(trainer.Learner, "step", killed)
     assert cli.main(command()) == 130
     assert [r["step"] for r in records(tmp_path / "runs/demo")] == [1, 2, 3, 4, 5]
-    monkeypatch.setattr(trainer, "train_step", step)
+    monkeypatch.setattr(trainer.Learner, "step", step)
     assert cli.main(command()) == 0
     assert records(tmp_path / "runs/demo") == records(tmp_path / "runs/whole")
     assert same(weights(tmp_path / "runs/demo"), weights(tmp_path / "runs/whole"))

@@ -48,7 +48,7 @@ def fit_axes(config: MeshConfig, world_size: int) -> Axes:
         raise UserError(f"mesh.copies: {config.copies} does not divide mesh.dp, {left}")
     return Axes(config.pp, left, config.cp, config.ep)
 
-# %% ../../nbs/40_mesh.py #check_axes@a93f963e
+# %% ../../nbs/40_mesh.py #check_axes@bf777d47
 def check_axes(config: Config, axes: Axes) -> None:
     """Refuse a config whose model or batch cannot be shared along `axes`."""
     model, train = config.model, config.train
@@ -61,8 +61,8 @@ def check_axes(config: Config, axes: Axes) -> None:
         ),
         (
             train.batch_size % (train.micro_batch_size * axes.batch_ranks) == 0,
-            f"train.batch_size: {train.batch_size} is not a multiple of {train.micro_batch_size} sequences "
-            f"(train.micro_batch_size) for each of {axes.batch_ranks} ranks (mesh.dp x mesh.ep)",
+            f"train.micro_batch_size: {train.micro_batch_size} sequences on each of {axes.batch_ranks} ranks "
+            f"(mesh.dp x mesh.ep) do not divide train.batch_size, {train.batch_size}",
         ),
         (
             axes.pp == 1 or not model.tie_embeddings,

@@ -87,17 +87,17 @@ class ShardedStage(ModuleStage):
         root._root_post_backward_final_callback()
         self.hold()
 
-# %% ../../nbs/43_sharding.py #clip_gradients@fb05ebe1
+# %% ../../nbs/43_sharding.py #clip_gradients@d9d2dfc3
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], limit: float, mesh: Mesh) -> Tensor:
-    """The global gradient norm, an fp32 scalar; gradients are scaled in place to at most `limit`."""
+    """The global gradient norm, an fp64 scalar; gradients are scaled in place to at most `limit`."""
     grads = [g.to_local() if isinstance(g, DTensor) else g for p in parameters if (g := p.grad) is not None]
-    square = torch.stack(torch._foreach_norm(grads)).square().sum()
+    square = torch.stack(torch._foreach_norm(grads, dtype=torch.float64)).square().sum()
     if mesh.world_size > 1:
         square /= mesh.copies
         dist.all_reduce(square)
     norm = square.sqrt()
-    torch._foreach_mul_(grads, torch.clamp(limit / (norm + 1e-6), max=1.0))
+    torch._foreach_mul_(grads, torch.clamp(limit / (norm + 1e-6), max=1.0).float())
     return norm
 
 # %% ../../nbs/43_sharding.py #in_global_order@21a3af83
