@@ -17,6 +17,7 @@
 #| export
 from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -100,12 +101,34 @@ class Piece(NamedTuple):
 
 # %% [markdown]
 # A rank's tokens are *runs* of positions: one run where it holds whole sequences, two in a ring. Documents
-# come as boundaries over all rows laid end to end, as the data loader packs them.
-#
-# Two details serve speed. The plain mathematics below forms a piece's scores: it gets queries in tiles of
-# `TILE`, so that the scores stay small and no tile meets keys beyond its band. FlashAttention's kernels need
-# no tiles, and take any number of documents in one call: where a run meets itself, they are one piece with
-# `cuts`.
+# come as boundaries over all rows laid end to end, as the data loader packs them, and there may be thousands:
+# those that a run has anything to do with are found by bisection.
+
+
+# %%
+#| export
+def documents_from(
+    start: int, stop: int, rows: int, length: int, documents: list[int] | None
+) -> Iterator[tuple[slice, range]]:
+    """Each row's documents from the one that holds position `start` to the last that begins before `stop`."""
+    if documents is None:
+        yield slice(None), range(length)
+        return
+    for row in range(rows):
+        at = bisect_right(documents, row * length + start) - 1
+        while documents[at] < row * length + stop:
+            yield slice(row, row + 1), range(documents[at] - row * length, documents[at + 1] - row * length)
+            at += 1
+
+
+# %%
+print([(row.start, document) for row, document in documents_from(4, 8, 2, 8, [0, 3, 6, 8, 16])])
+
+# %% [markdown]
+# Two details of the cutting serve speed. The plain mathematics below forms a piece's scores: it gets queries in
+# tiles of `TILE`, so that the scores stay small and no tile meets keys beyond its band. FlashAttention's kernels
+# need no tiles, and take any number of documents in one call: where a run meets itself, they are one piece
+# with `cuts`.
 
 
 # %%
@@ -134,11 +157,11 @@ def pieces(
     bounds = None if documents is None else documents.tolist()
     runs = [
         (run[start : start + (tile or length)], at + start)
-        for run, at in zip(queries, offsets(queries), strict=True)
+        for run, at in zip(queries, accumulate(map(len, queries), initial=0), strict=False)
         for start in range(0, len(run), tile or length)
     ]
     for run, at in runs:
-        for key_run, key_at in zip(keys, offsets(keys), strict=True):
+        for key_run, key_at in zip(keys, accumulate(map(len, keys), initial=0), strict=False):
             cut, starts = [], []
             for row, document in documents_from(run.start, min(run.stop, key_run.stop), rows, length, bounds):
                 q0 = max(run.start, key_run.start, document.start)
@@ -161,29 +184,6 @@ def pieces(
                 cut = [Piece(slice(None), of_queries, of_keys, limit, 0, cuts)]
             found += cut
     return found
-
-
-# %%
-#| export
-def offsets(runs: list[range]) -> list[int]:
-    """Where each run begins in a tensor that holds them one after the other."""
-    return [sum(map(len, runs[:i])) for i in range(len(runs))]
-
-
-# %%
-#| export
-def documents_from(
-    start: int, stop: int, rows: int, length: int, documents: list[int] | None
-) -> Iterator[tuple[slice, range]]:
-    """Each row's documents from the one that holds position `start` to the last that begins before `stop`."""
-    if documents is None:
-        yield slice(None), range(length)
-        return
-    for row in range(rows):
-        at = bisect_right(documents, row * length + start) - 1
-        while documents[at] < row * length + stop:
-            yield slice(row, row + 1), range(documents[at] - row * length, documents[at + 1] - row * length)
-            at += 1
 
 
 # %% [markdown]
@@ -252,6 +252,14 @@ def piece_scores(q: Tensor, k: Tensor, scale: float, piece: Piece) -> Tensor:
 
 
 # %% [markdown]
+# Four queries at the end of a window of 3, in a group of one; dots are scores that do not exist:
+
+# %%
+q, k = torch.ones(1, 1, 4, 1), torch.arange(6.0).view(1, 1, 6, 1)
+for row in piece_scores(q, k, 1.0, Piece(slice(None), slice(None), slice(None), left=2, right=0))[0, 0].tolist():
+    print(" ".join("." if score == -torch.inf else str(int(score)) for score in row))
+
+# %% [markdown]
 # On a GPU, in bf16 or fp16, the kernels that torch ships do the same without ever storing scores. Their entry
 # points below `scaled_dot_product_attention` return the log-sum-exp and, in the backward pass, take any
 # output and log-sum-exp that we say are final. FlashAttention-2 (arXiv 2307.08691) takes all that a piece may
@@ -303,6 +311,19 @@ def flash_arguments(q: Tensor, k: Tensor, piece: Piece) -> tuple[tuple, dict[str
     return (cuts, cuts, longest, longest, 0.0, causal), window
 
 
+# %% [markdown]
+# What the kernels are told of two rows of 8 tokens, packed with three documents and a window of 4:
+
+# %%
+q = torch.zeros(2, 4, 8, 16)
+(packed,) = pieces([range(8)], [range(8)], 2, 8, window=4, documents=torch.tensor([0, 3, 8, 16]))
+print("queries", list(flash_layout(packed, 16, q)[0].shape), "arguments", *flash_arguments(q, q, packed))
+print("FlashAttention:", flash_fits(q, 16), "(it has no CPU kernel)")
+
+# %% [markdown]
+# With these, one piece, forward:
+
+
 # %%
 #| export
 def attend_piece(q: Tensor, k: Tensor, v: Tensor, scale: float, piece: Piece) -> tuple[Tensor, Tensor]:
@@ -330,6 +351,11 @@ def attend_piece(q: Tensor, k: Tensor, v: Tensor, scale: float, piece: Piece) ->
     total = shares.sum(dim=-1, keepdim=True)
     out = (shares @ grouped(v, kv_heads)) / total
     return out.view(batch, heads, queries, wide), (top + total.log()).view(batch, heads, queries)
+
+
+# %% [markdown]
+# And backward. It wants the final output and log-sum-exp: with those of the piece alone it would
+# differentiate a softmax over the piece alone.
 
 
 # %%
@@ -363,6 +389,23 @@ def piece_gradients(
     dv = shares.mT @ grad
     dscores = shares.mul_((grad @ v.mT).sub_((grad * out).sum(dim=-1, keepdim=True))).mul_(scale)
     return (dscores @ k).view(batch, heads, queries, features), dscores.mT @ q, dv
+
+
+# %% [markdown]
+# If the piece is all there is, both agree with torch's attention and its automatic differentiation:
+
+# %%
+inputs = [torch.randn(1, heads, 5, 4, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+(piece,) = pieces([range(5)], [range(5)], 1, 5)
+true = F.scaled_dot_product_attention(*inputs, is_causal=True, scale=0.5, enable_gqa=True)
+upstream = torch.randn_like(true)
+with torch.no_grad():
+    out, lse = attend_piece(*inputs, 0.5, piece)
+    by_hand = piece_gradients(upstream, *inputs, out, lse, 0.5, piece)
+torch.testing.assert_close((out, *by_hand), (true, *torch.autograd.grad(true, inputs, upstream)))
+
+# %% [markdown]
+# All pieces of a block of keys add to the same totals.
 
 
 # %%
@@ -439,6 +482,10 @@ def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
     total = torch.logaddexp(lse, sinks.to(lse.dtype).unsqueeze(-1))
     out.mul_((lse - total).exp_().unsqueeze(-1))
     lse.copy_(total)
+
+
+# %% [markdown]
+# Its gradient needs the same two numbers of each query as any key's.
 
 
 # %%

@@ -390,6 +390,7 @@ class Ring:
 # The program below is started twice. The processes meet through a file, take a layer apiece that differs from
 # [the usual one](26_attention.py) in its core alone, and each its own tokens. Each also computes the whole
 # alone, to compare. (Every feature, 2 and 4 ranks, and all gradients are compared in `tests/test_ring.py`.)
+# The first line of each process shows what `whole_sequence` does.
 
 # %%
 import subprocess
@@ -421,6 +422,8 @@ layer.core = Ring(dist.group.WORLD)
 out, grad = run(mine)
 dist.all_reduce(grad)  # each rank's tokens give a part of a weight's gradient
 errors = [((a - b).norm() / b.norm()).item() for a, b in ((out, true[:, mine]), (grad, true_grad))]
+whole = layer.core.whole_sequence(mine.view(1, -1, 1, 1).repeat(1, 1, 2, 1)).flatten()
+print(f"rank {rank}: 2 heads of tokens {mine[7:10].tolist()} ... become 1 head of tokens {whole[7:10].tolist()} ...")
 print(f"rank {rank}: output differs by {errors[0]:.1e}, the gradient of the key weights by {errors[1]:.1e}")
 assert max(errors) < 1e-5
 dist.destroy_process_group()
@@ -460,5 +463,9 @@ fig
 # %% [markdown]
 # The line falls: from some thousand tokens a rank on, the forward exchange of a hop fits under its compute
 # even between hosts. Where the curve is above a dotted line, the ring waits for its wires.
+#
+# What cutting and merging cost by themselves was measured on one H100 (torch 2.11, bf16, the same layer, 32,768
+# tokens, the other ranks' blocks at hand so that nothing travels): one of four ranks takes 5.4 ms forward and
+# 12.6 ms backward; a quarter of the whole computed at once takes 3.5 and 10.0.
 #
 # Next: how the parameters themselves are spread: [sharding](43_sharding.py).
