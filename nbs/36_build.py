@@ -8,10 +8,11 @@
 
 # %%
 #| export
-from pithtrain.config import DecoderConfig, DeepseekConfig, GptOssConfig, Qwen3MoeConfig
+from pithtrain.config import DecoderConfig, DeepseekConfig, GptOssConfig, Qwen3_5MoeConfig, Qwen3MoeConfig
 from pithtrain.models.decoder import Decoder
 from pithtrain.models.deepseek import deepseek
 from pithtrain.models.gpt_oss import gpt_oss
+from pithtrain.models.qwen3_5_moe import qwen3_5_moe
 from pithtrain.models.qwen3_moe import qwen3_moe
 from pithtrain.models.stages import Place
 
@@ -27,6 +28,8 @@ def build(config: DecoderConfig, place: Place = Place()) -> Decoder:
             return deepseek(config, place)
         case GptOssConfig():
             return gpt_oss(config, place)
+        case Qwen3_5MoeConfig():
+            return qwen3_5_moe(config, place)
     raise TypeError(f"{type(config).__name__} is the config of no family")
 
 

@@ -27,12 +27,12 @@ def text(config, batch, sequence):
 
 
 def random_model(config, place=Place(), biases=0.3):
-    """Weights large enough that routers and attention are decided; vectors moved from where they start."""
+    """Weights large enough that routers and attention are decided; what modules set themselves is moved from there."""
     model = build(replace(config, init_std=0.2), place)
     initialise(model, 0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
+            if parameter.dim() == 1 or name.endswith(("bias", "convolution")):
                 generator = torch.Generator().manual_seed(sum(map(ord, name)))
                 parameter += biases * torch.randn(parameter.shape, generator=generator)
     return model

@@ -73,7 +73,7 @@ def gated_delta_rule(
     o = (g * q) @ torch.stack(states, dim=1).mT + (gamma * (q @ k.mT)) @ torch.stack(u, dim=1)
     return o.transpose(2, 3).flatten(1, 2)[:, :sequence].to(dtype), state
 
-# %% ../../nbs/29_delta_rule.py #short_convolution@000bf512
+# %% ../../nbs/29_delta_rule.py #short_convolution@e0b4f6d2
 def short_convolution(x: Tensor, taps: Tensor, before: Tensor | None = None, age: Tensor | None = None) -> Tensor:
     """Causal convolution along S, apart for each feature: x (B, S, heads, D), taps (K, heads, D), the last tap newest.
 
@@ -85,7 +85,7 @@ def short_convolution(x: Tensor, taps: Tensor, before: Tensor | None = None, age
     for back in range(1, count):
         shifted = padded[:, count - 1 - back : count - 1 - back + sequence]
         tap = taps[-1 - back].to(x.dtype)
-        y = y + shifted * (tap if age is None else torch.where((age >= back)[..., None, None], tap, 0))
+        y = torch.addcmul(y, shifted, tap if age is None else torch.where((age >= back)[..., None, None], tap, 0))
     return y
 
 # %% ../../nbs/29_delta_rule.py #DeltaCache@40608f4c
@@ -96,7 +96,7 @@ class DeltaCache:
         self.before: Tensor | None = None
         self.state: Tensor | None = None
 
-# %% ../../nbs/29_delta_rule.py #GatedDeltaNet@bb360df1
+# %% ../../nbs/29_delta_rule.py #GatedDeltaNet@c5b0e24c
 class GatedDeltaNet(nn.Module):
     """Linear attention by the gated delta rule, in the form of Qwen3.5 (arXiv 2412.06464)."""
 
@@ -145,15 +145,16 @@ class GatedDeltaNet(nn.Module):
             recent = mixed if before is None else torch.cat([before, mixed], dim=1)
             kept = len(taps) - 1
             cache.before = F.pad(recent, (0, 0, 0, 0, kept, 0))[:, recent.shape[1] :]
-        mixed = F.silu(short_convolution(mixed, taps, before, age))
+        # In fp32, as the rule is: rounding each tap's product to bfloat16 would outweigh every other rounding here.
+        mixed = F.silu(short_convolution(mixed.float(), taps, before, age))
 
         q, k, v = mixed.split([self.key_dim, self.key_dim, mixed.shape[-1] - 2 * self.key_dim], dim=-1)
         served = self.value_heads // self.key_heads
         v = v.unflatten(-1, (served, self.value_dim)).flatten(2, 3)
-        q, k = (t.float() * torch.rsqrt(t.float().square().sum(-1, keepdim=True) + 1e-6) for t in (q, k))
+        q, k = (t * torch.rsqrt(t.square().sum(-1, keepdim=True) + 1e-6) for t in (q, k))
         q, k = (t.repeat_interleave(served, dim=2) for t in (q * self.key_dim**-0.5, k))
         o, state = gated_delta_rule(q, k, v, log_a, b, state, age)
         if cache is not None:
             cache.state = state
-        o = self.norm(self.core.own_sequence(o)).flatten(2)
+        o = self.norm(self.core.own_sequence(o.to(x.dtype))).flatten(2)
         return self.output(o * F.silu(self.gate(x)))

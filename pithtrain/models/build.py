@@ -5,15 +5,16 @@
 # %% auto
 __all__ = ['build']
 
-# %% ../../nbs/36_build.py #imports@4ce2744d
-from ..config import DecoderConfig, DeepseekConfig, GptOssConfig, Qwen3MoeConfig
+# %% ../../nbs/36_build.py #imports@699c2053
+from ..config import DecoderConfig, DeepseekConfig, GptOssConfig, Qwen3_5MoeConfig, Qwen3MoeConfig
 from .decoder import Decoder
 from .deepseek import deepseek
 from .gpt_oss import gpt_oss
+from .qwen3_5_moe import qwen3_5_moe
 from .qwen3_moe import qwen3_moe
 from .stages import Place
 
-# %% ../../nbs/36_build.py #build@2168500a
+# %% ../../nbs/36_build.py #build@b0482ab9
 def build(config: DecoderConfig, place: Place = Place()) -> Decoder:
     """The model that `config` describes, or the part of it that `place` asks for; weights not yet drawn."""
     match config:
@@ -23,4 +24,6 @@ def build(config: DecoderConfig, place: Place = Place()) -> Decoder:
             return deepseek(config, place)
         case GptOssConfig():
             return gpt_oss(config, place)
+        case Qwen3_5MoeConfig():
+            return qwen3_5_moe(config, place)
     raise TypeError(f"{type(config).__name__} is the config of no family")
