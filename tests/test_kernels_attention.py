@@ -144,10 +144,12 @@ def test_values_and_gradients(case, device, dtype, kv_heads, wide):
     assert got.dtype == dtype
     limit = 2e-6 if dtype == torch.float32 else 1e-2
     assert error(got, true) < limit
-    given = [i for i in range(4) if inputs[i] is not None]
-    got_grads = torch.autograd.grad(got, [inputs[i] for i in given], upstream)
-    true_grads = torch.autograd.grad(true, [doubles[i] for i in given], upstream.double())
-    for a, b in zip(got_grads, true_grads, strict=True):
+    leaves = [i for i in range(4) if inputs[i] is not None]
+    got_grads = torch.autograd.grad(got, [inputs[i] for i in leaves], upstream)
+    true_grads = torch.autograd.grad(true, [doubles[i] for i in leaves], upstream.double())
+    for i, a, b in zip(leaves, got_grads, true_grads, strict=True):
+        if i == 3 and dtype == torch.bfloat16:
+            limit = 2e-2  # a sink's gradient is one sum of products of either sign, each rounded
         if case["window"] == 1 and not case["sinks"] and not b.norm() > 1e-9:
             assert a.abs().max() < 0.05  # one key: its share is 1 whatever the score
         else:
