@@ -1,0 +1,584 @@
+# %% [markdown]
+# # Models in and out
+#
+# > `pithtrain import` makes a run of a published folder, `pithtrain export` a published folder of a run.
+#
+# People train published architectures, and expect published tools to read the result. A folder that
+# `transformers` reads becomes a [run](69_run.py) here, and back. [The notebook before](79_published.py) says which
+# tensor is where; this one moves them, under three rules:
+#
+# - **Streamed.** A model may be far larger than the machine's memory. Tensors pass through one at a time.
+# - **Exact.** Weights are held in fp32, and bf16 -> fp32 -> bf16 changes no bit. The run remembers what each
+#   tensor was.
+# - **All or nothing.** A folder that does not fit is refused with everything that is wrong in it, and nothing is
+#   written.
+
+# %%
+#| default_exp hub
+
+# %%
+#| export
+import json
+import math
+import os
+import re
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pithtrain.config import Config, UserError, config_from_tables, load_run_config, to_toml
+from pithtrain.models.build import build
+from pithtrain.published import SPLIT_EXPERTS, Published, View, published_of, settings_from, table_from, views
+from pithtrain.train.checkpoint import checkpoint_path, checkpoint_steps, disk_full, read_checkpoint
+from pithtrain.train.tokenizer import END_OF_TEXT
+
+# %% [markdown]
+# ## Weights of four bits
+#
+# GPT-OSS packs its experts as MXFP4: two values of four bits in a byte, 32 of them under one power of two.
+
+
+# %%
+#| export
+def unpack_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Blocks (..., G, 16) and scales (..., G), both uint8, to values (..., 32 G), fp32; exact in bf16 too."""
+    positive = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    values = torch.tensor(positive + [-value for value in positive])
+    pairs = torch.stack([values[(blocks & 15).long()], values[(blocks >> 4).long()]], dim=-1)
+    return torch.ldexp(pairs.flatten(-2), scales.unsqueeze(-1).int() - 127).flatten(-2)
+
+
+# %%
+blocks = torch.randint(256, (2, 1, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+unpacked = unpack_mxfp4(blocks, torch.tensor([[127], [130]], dtype=torch.uint8))
+print(unpacked[:, :8].tolist())
+assert torch.equal(unpacked.bfloat16().float(), unpacked)
+
+# %% [markdown]
+# ## What a folder holds
+#
+# Only headers are read: where each tensor is, its type and shape. Packed experts are listed as what they unpack
+# to.
+
+
+# %%
+#| export
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class Stored(NamedTuple):
+    """A tensor of a published folder: its file, its name there, type and shape; the file of its scales if packed."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    scales: Path | None = None
+
+
+# %%
+#| export
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """What the safetensors files of `folder` hold, by the text model's names. Raises UserError for broken files."""
+    index = folder / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    try:
+        if index.exists():
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise UserError(f"{index}: not an index of safetensors files; fetch it again") from None
+    stored = {}
+    for path in (folder / file for file in files):
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118 (it is no dict)
+                    part = file.get_slice(name)
+                    ours = re.sub(r"^model\.language_model\.", "model.", name)
+                    stored[ours] = Stored(path, name, part.get_dtype(), tuple(part.get_shape()))
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; a published model has its weights in safetensors files") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a readable safetensors file ({error}); fetch it again") from None
+    for name in [name for name in stored if name.endswith("_proj_blocks")]:
+        blocks, scales = stored[name], stored.get(name.replace("_blocks", "_scales"))
+        packed = scales and (blocks.dtype, scales.dtype) == ("U8", "U8")
+        if packed and blocks.shape[-1] == 16 and scales.shape == blocks.shape[:-1] and len(scales.shape) == 3:
+            experts, rows, groups = scales.shape
+            whole = Stored(blocks.path, blocks.name, "MXFP4", (experts, 32 * groups, rows), scales.path)
+            stored[name.removesuffix("_blocks")] = whole
+            del stored[name], stored[name.replace("_blocks", "_scales")]
+    return stored
+
+
+# %%
+#| export
+def fill(parts: list[View], stored: dict[str, Stored]) -> None:
+    """Copy published tensors into the views of ours that they are."""
+    with ExitStack() as stack:  # files are mapped into memory: none stays open longer than for one tensor of ours
+        files: dict[Path, Any] = {}
+
+        def opened(path: Path) -> Any:
+            if path not in files:
+                files[path] = stack.enter_context(safe_open(path, "pt"))
+            return files[path]
+
+        for part in parts:
+            found = stored[part.name]
+            if found.scales is None:
+                part.elements.copy_(opened(found.path).get_tensor(found.name).view(part.elements.shape))
+                continue
+            blocks = opened(found.path).get_slice(found.name)
+            scales = opened(found.scales).get_slice(found.name.replace("_blocks", "_scales"))
+            for expert, elements in enumerate(part.elements):
+                elements.copy_(unpack_mxfp4(blocks[expert], scales[expert]).T.reshape(elements.shape))
+
+
+# %% [markdown]
+# ## In
+#
+# The model that the folder's settings describe is made on the meta device: its tensors have shapes and no memory.
+# What should be in the folder then follows, and is compared with what is there.
+
+
+# %%
+#| export
+def read_config(folder: Path, run: Path) -> tuple[Published, Config]:
+    """The run's config that a published folder's settings make. Raises UserError for what is not known here."""
+    path = folder / "config.json"
+    try:
+        table = json.loads(path.read_text())
+        found, settings = settings_from(table)
+        positions = table.get("text_config", table).get("max_position_embeddings", 4096)
+        tables = {
+            "run": {"name": run.name, "folder": str(run.parent)},
+            "data": {"folder": f"data/{run.name}"},
+            "model": settings,
+            "train": {"sequence_length": min(4096, positions)},
+        }
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected the folder of a published model") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not the settings of a model ({type(error).__name__}: {error})") from None
+    return found, config_from_tables(tables, str(path))
+
+
+# %%
+#| export
+def misfits(expected: list[View], stored: dict[str, Stored], beside: str) -> list[str]:
+    """Everything in which the tensors of a folder are not those expected, a line for each name."""
+    lines = []
+    for part in expected:
+        found = stored.get(part.name)
+        if found is None:
+            lines.append(f"{part.name}: is missing")
+        elif found.dtype not in (*DTYPES, "MXFP4"):
+            lines.append(f"{part.name}: is of type {found.dtype}, expected {', '.join(DTYPES)}")
+        elif found.shape != part.shape:
+            lines.append(f"{part.name}: has shape {found.shape}, expected {part.shape}")
+    known = {part.name for part in expected}
+    extra = [name for name in sorted(stored) if name not in known and not re.search(beside, name)]
+    return lines + [f"{name}: is not part of this model" for name in extra]
+
+
+# %% [markdown]
+# torch's checkpoint writer takes a dictionary of tensors. `OneByOne` gives it shapes, and each tensor when its turn
+# comes. The writer holds on to the tensor before, which is on the disk by then; so its memory is taken back.
+
+
+# %%
+#| export
+class OneByOne(dcp.DefaultSavePlanner):
+    """Saves a dictionary of meta tensors; `read(key)` makes each of them when it is to be written."""
+
+    def __init__(self, read: Callable[[str], Tensor]):
+        super().__init__(flatten_state_dict=False)
+        self.read, self.last = read, None
+
+    def lookup_object(self, index: Any) -> Tensor:
+        if self.last is not None:
+            self.last.untyped_storage().resize_(0)
+        self.last = self.read(index.fqn)
+        return self.last
+
+
+# %%
+#| export
+@contextmanager
+def whole_or_not(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which gets the name `folder` at the end, or goes. UserError where that is taken."""
+    if folder.exists():
+        raise UserError(f"{folder}: exists; choose another name, or delete it")
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        os.rename(partial, folder)
+    except (Exception, dcp.api.CheckpointException) as error:  # the latter is a BaseException
+        if disk_full(error):
+            raise UserError(f"{folder}: the disk is full; free some space and run the same command again") from None
+        if isinstance(error, OSError) and error.filename:
+            raise UserError(f"{error.filename}: {error.strerror}; mend that and run the same command") from None
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+# %%
+#| export
+BESIDE_WEIGHTS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                  "vocab.json", "merges.txt", "chat_template.jinja")  # fmt: skip
+
+
+# %%
+#| export
+def import_model(source: Path, run: Path, report: Callable[[str], None] = print) -> None:
+    """Make the run folder `run`, with its step 0, of the published model in `source`.
+
+    Raises UserError, before anything is written, for a folder that is not exactly the model it says it is.
+    """
+    if run.exists():
+        raise UserError(f"{run}: exists; choose another name, or delete it")
+    found, config = read_config(source, run)
+    stored = stored_tensors(source)
+    with torch.device("meta"):
+        shapes = build(config.model).state_dict()
+    stacked = found.names(config.model, 0)["experts.down"] == "mlp.experts.down_proj"
+    apart = stacked and "model.layers.0.mlp.experts.0.down_proj.weight" in stored
+    names = SPLIT_EXPERTS if apart else {}
+    expected = [part for name, tensor in shapes.items() for part in views(config.model, name, tensor, names)]
+    if lines := misfits(expected, stored, found.beside):
+        raise UserError("\n".join([f"{source}: its tensors are not those of this {found.architecture}:", *lines]))
+
+    def read(key: str) -> Tensor:
+        name = key.removeprefix("model.")
+        tensor = torch.zeros(shapes[name].shape)
+        fill(list(views(config.model, name, tensor, names)), stored)
+        return tensor
+
+    types = {part.name: stored[part.name].dtype.replace("MXFP4", "BF16") for part in expected}
+    common = Counter(types.values()).most_common(1)[0][0]
+    others = {name: dtype for name, dtype in types.items() if dtype != common}
+    with whole_or_not(run) as partial:
+        (partial / "published").mkdir()
+        for name in BESIDE_WEIGHTS:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, partial / "published" / name)
+        shutil.copyfile(source / "config.json", partial / "published" / "config.json")
+        (partial / "published" / "dtypes.json").write_text(json.dumps({"dtype": common, "others": others}, indent=1))
+        if (source / "tokenizer.json").is_file():
+            shutil.copyfile(source / "tokenizer.json", partial / "tokenizer.json")
+        (partial / "config.toml").write_text(to_toml(config))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
+            dcp.save(
+                {f"model.{name}": tensor for name, tensor in shapes.items()},
+                # A file for each tensor: within one, the writer would keep all of them in memory.
+                storage_writer=dcp.FileSystemWriter(
+                    checkpoint_path(partial / "checkpoints", 0), single_file_per_rank=False, sync_files=True
+                ),
+                planner=OneByOne(read),
+                no_dist=True,
+            )
+    report(f"{run}: {len(expected):,} tensors of {found.architecture}, mostly {common}")
+    if packed := sum(stored[part.name].scales is not None for part in expected):
+        report(f"{packed} expert tensors were packed as MXFP4; they are unpacked here, and export writes them as BF16")
+    if aside := len(stored) - len(expected):
+        report(f"{aside} tensors that are no part of the text decoder were left out")
+
+
+# %% [markdown]
+# ## Out
+#
+# A safetensors file is a header in JSON (its length comes first, in eight bytes) and the bytes of all tensors. As
+# shapes and types are known before, the header is written first and the tensors follow one by one.
+
+
+# %%
+#| export
+class Entry(NamedTuple):
+    """A tensor to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+# %%
+#| export
+def cut_shards(entries: list[Entry], limit: int) -> dict[str, list[Entry]]:
+    """Entries in order, by the file that each goes to; a file has at most `limit` bytes, or one tensor."""
+    shards, size = [[]], 0
+    for entry in entries:
+        if shards[-1] and size + entry.bytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.bytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{n:05}-of-{len(shards):05}.safetensors": shard for n, shard in enumerate(shards, start=1)}
+
+
+# %%
+#| export
+def write_shard(path: Path, entries: list[Entry], tensors: Iterator[Tensor]) -> None:
+    """Write a safetensors file of `entries`, taking as many of `tensors`."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for entry in entries:
+        start, end = end, end + entry.bytes
+        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries:
+            tensor = next(tensors).to(DTYPES[entry.dtype]).contiguous()
+            if entry.dtype == "F16" and not tensor.isfinite().all():
+                raise UserError(f"{entry.name}: has values that float16 cannot hold; export as bfloat16 or float32")
+            file.write(tensor.flatten().view(torch.uint8).numpy())
+
+
+# %%
+import tempfile
+
+scratch = tempfile.TemporaryDirectory()
+entries = [Entry("a", "F32", (2, 3)), Entry("b", "BF16", (4,)), Entry("c", "F32", ())]
+tensors = [torch.arange(6.0).view(2, 3), torch.ones(4), torch.tensor(7.0)]
+write_shard(Path(scratch.name) / "x.safetensors", entries, iter(tensors))
+with safe_open(Path(scratch.name) / "x.safetensors", "pt") as file:
+    print({entry.name: file.get_tensor(entry.name) for entry in entries})
+    assert all(torch.equal(file.get_tensor(e.name).float(), t) for e, t in zip(entries, tensors, strict=True))
+print({name: [entry.name for entry in shard] for name, shard in cut_shards(entries, 32).items()})
+
+# %% [markdown]
+# Settings that PithTrain does not have (the tokens that begin and end a text, say) are those of the folder that the
+# run was imported from.
+
+# %%
+#| export
+OLD_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "quantization_config", "dtype",
+            "auto_map", "num_local_experts", "full_attention_interval", "transformers_version")  # fmt: skip
+
+
+# %%
+#| export
+def config_table(run: Path, config: Config, dtype: str) -> dict[str, Any]:
+    """The config.json of an export."""
+    table, path = {"max_position_embeddings": config.train.sequence_length}, run / "published" / "config.json"
+    if path.exists():
+        imported = json.loads(path.read_text())
+        imported = imported.get("text_config", imported)
+        table |= {key: value for key, value in imported.items() if key not in OLD_KEYS}
+    else:
+        table |= {"bos_token_id": None, "eos_token_id": end_of_text(run)}
+    return table | table_from(config.model) | {"torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
+
+
+# %%
+#| export
+def end_of_text(run: Path) -> int | None:
+    """The number of the end-of-text token of the run's tokenizer."""
+    if not (run / "tokenizer.json").is_file():
+        return None
+    added = json.loads((run / "tokenizer.json").read_text())["added_tokens"]
+    return next((token["id"] for token in added if token["content"] == END_OF_TEXT), None)
+
+
+# %%
+#| export
+def write_settings(run: Path, folder: Path, config: Config, dtype: str) -> None:
+    """Everything of an exported folder but the weights."""
+    (folder / "config.json").write_text(json.dumps(config_table(run, config, dtype), indent=2) + "\n")
+    texts = {"generation_config.json": {"eos_token_id": end_of_text(run)}}
+    if (run / "tokenizer.json").is_file():
+        shutil.copyfile(run / "tokenizer.json", folder / "tokenizer.json")
+        texts["tokenizer_config.json"] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": END_OF_TEXT,
+            "model_max_length": config.train.sequence_length,
+        }
+    for name, table in texts.items():
+        if not (run / "published").is_dir():
+            (folder / name).write_text(json.dumps(table, indent=2) + "\n")
+    for name in BESIDE_WEIGHTS:
+        if (run / "published" / name).is_file():
+            shutil.copyfile(run / "published" / name, folder / name)
+
+
+# %%
+#| export
+def export_model(
+    run: Path, folder: Path, dtype: str = "", shard_bytes: int = 5 * 10**9, report: Callable[[str], None] = print
+) -> None:
+    """Write the newest checkpoint of `run` as a published model to `folder`, which must not exist.
+
+    dtype: F32, BF16 or F16; by default each tensor's of the import, and F32 for a run that was trained here.
+    Raises UserError, with every name, where the model has something that the published form cannot say.
+    """
+    config = load_run_config(run)
+    steps = checkpoint_steps(run / "checkpoints")
+    if not steps:
+        raise UserError(f"{run}: has no checkpoint yet; train it first")
+    checkpoint, recorded = checkpoint_path(run / "checkpoints", steps[-1]), run / "published" / "dtypes.json"
+    types = json.loads(recorded.read_text()) if recorded.exists() else {"dtype": "F32", "others": {}}
+    common, others = dtype or types["dtype"], {} if dtype else types["others"]
+    try:
+        table_from(config.model)
+    except UserError as error:
+        raise UserError(f"{run}: {error}; it has no published form") from None
+    with torch.device("meta"):
+        shapes = build(config.model).state_dict()
+    whole = {name: list(views(config.model, name, tensor, {})) for name, tensor in shapes.items()}
+
+    def read(name: str) -> Tensor:
+        tensor = torch.empty(shapes[name].shape)
+        read_checkpoint(checkpoint, {f"model.{name}": tensor})
+        return tensor
+
+    homeless = [name for name, parts in whole.items() if not parts and read(name).any()]
+    if homeless:
+        names = [f"{name}: is not zero, and the published form has no such tensor" for name in homeless]
+        raise UserError("\n".join([f"{run}: cannot be exported:", *names]))
+    entries = [
+        Entry(part.name, others.get(part.name, common), part.shape) for parts in whole.values() for part in parts
+    ]
+    shards = cut_shards(entries, shard_bytes)
+    tensors = (part.elements for name in whole if whole[name] for part in views(config.model, name, read(name), {}))
+    with whole_or_not(folder) as partial:
+        for file, shard in shards.items():
+            write_shard(partial / file, shard, tensors)
+        if len(shards) > 1:
+            where = {entry.name: file for file, shard in shards.items() for entry in shard}
+            index = {"metadata": {"total_size": sum(entry.bytes for entry in entries)}, "weight_map": where}
+            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_settings(run, partial, config, common)
+    architecture = published_of(config.model).architecture
+    report(f"{folder}: {architecture} of step {steps[-1]}, {len(entries):,} tensors in {len(shards)} files, {common}")
+
+
+# %% [markdown]
+# ## Out and in again
+#
+# A small DeepSeek, untrained, goes out in bf16 and comes in as another run; that one goes out again. The two
+# published folders hold the same bytes.
+
+# %%
+from pithtrain.config import DeepseekConfig, RunConfig
+from pithtrain.models.decoder import initialise
+from pithtrain.train.checkpoint import save_checkpoint
+
+here = Path(scratch.name)
+model_config = DeepseekConfig(layers=2, hidden=64, experts=8, scoring="sigmoid", renormalise=True, expert_hidden=32)
+model = build(model_config)
+initialise(model, seed=0)
+(here / "first").mkdir()
+(here / "first" / "config.toml").write_text(to_toml(Config(run=RunConfig(name="first"), model=model_config)))
+state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+save_checkpoint(here / "first" / "checkpoints", 7, state, keep=1)
+
+
+def say(line):
+    print(line.replace(scratch.name, "runs"))
+
+
+export_model(here / "first", here / "out", dtype="BF16", shard_bytes=10**6, report=say)
+import_model(here / "out", here / "second", report=say)
+export_model(here / "second", here / "again", shard_bytes=10**6, report=say)
+for path in sorted((here / "again").iterdir()):
+    same = path.read_bytes() == (here / "out" / path.name).read_bytes()
+    print(f"{path.name:34} {path.stat().st_size:>9,} bytes, {'the same' if same else 'another'}")
+    assert same or path.suffix == ".json"
+
+# %% [markdown]
+# A folder that does not fit is refused, and all of it is told at once:
+
+# %%
+from safetensors.torch import load_file, save_file
+
+file = here / "again" / "model-00001-of-00002.safetensors"
+tensors = load_file(file)
+tensors.pop("model.layers.0.mlp.up_proj.weight")
+tensors["model.embed_tokens.weight"] = torch.zeros(3, 3)
+tensors["model.layers.0.mlp.gate_proj.weight"] = tensors["model.layers.0.mlp.gate_proj.weight"].to(torch.int8)
+tensors["model.layers.0.surprise"] = torch.zeros(1)
+save_file(tensors, file)
+try:
+    import_model(here / "again", here / "third")
+except UserError as error:
+    print(str(error).replace(scratch.name, "runs"))
+assert not (here / "third").exists()
+
+# %% [markdown]
+# ## Memory
+#
+# How much memory a transfer needs, against the size of the model: the peak of this process's resident memory above
+# what it was before. (Linux keeps that figure, and starts it anew where asked.)
+
+# %%
+import gc
+
+
+def peak(transfer, *arguments):
+    """MiB that a transfer needs at its peak."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    transfer(*arguments, report=str)
+    kib = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return (int(kib["VmHWM"].split()[0]) - before) / 1024
+
+
+def resident():
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
+
+
+peaks, sizes = {"in": [], "out": []}, []
+for layers in (1, 2, 4) if Path("/proc/self/clear_refs").exists() else ():
+    shape = DeepseekConfig(layers=layers, dense_layers=0, hidden=256, experts=40, vocab_size=1000, expert_hidden=512)
+    run = here / f"size{layers}"
+    run.mkdir()
+    (run / "config.toml").write_text(to_toml(Config(run=RunConfig(name=run.name), model=shape)))
+    state = {f"model.{name}": torch.zeros_like(tensor) for name, tensor in build(shape).state_dict().items()}
+    save_checkpoint(run / "checkpoints", 1, state, keep=1)
+    sizes.append(sum(tensor.nbytes for tensor in state.values()) / 2**20)
+    largest = max(tensor.nbytes for tensor in state.values()) / 2**20
+    del state
+    before = resident()
+    peaks["out"].append(peak(export_model, run, here / f"published{layers}"))
+    before = resident()
+    peaks["in"].append(peak(import_model, here / f"published{layers}", here / f"back{layers}"))
+    print(f"{sizes[-1]:6.0f} MiB of weights: " + ", ".join(f"{way} {peaks[way][-1]:.0f} MiB" for way in peaks))
+
+# %%
+import matplotlib.pyplot as plt
+
+fig, ax = plt.subplots(figsize=(6, 3))
+for way, label in (("in", "import"), ("out", "export")):
+    ax.plot(sizes, peaks[way], "o-", label=label)
+ax.plot(sizes, sizes, color="0.7", label="the whole model")
+if sizes:
+    ax.axhline(2 * largest, color="0.4", ls=":", label="two of the largest tensors")
+ax.set(title="Memory that a transfer needs", xlabel="size of the model, MiB", ylabel="peak, MiB", ylim=(0, None))
+ax.legend(fontsize=8)
+fig
+
+# %% [markdown]
+# The peak does not grow with the model.
+#
+# Next: what an imported or trained model is worth: [evaluation](81_evaluate.py).
