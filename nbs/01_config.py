@@ -133,7 +133,7 @@ class MeshConfig:
     cp: int = knob(1, "context-parallel ranks, which share each sequence", low=1, free=True)
     ep: int = knob(1, "expert-parallel ranks, which share each layer's experts and also the batch", low=1, free=True)
     copies: int = knob(1, "hybrid sharding: copies of the sharded weights; divides dp", low=1, free=True)
-    schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev"] = knob(
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zbv", "dualpipev"] = knob(
         "dualpipev", "pipeline schedule, where pp is more than 1", free=True
     )
 

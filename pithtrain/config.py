@@ -27,7 +27,7 @@ def knob(default: Any, doc: str, *, low: float | None = None, high: float | None
     """A dataclass field with its documentation, its allowed range (inclusive) and whether a resume may change it."""
     return field(default=default, metadata={"doc": doc, "low": low, "high": high, "free": free})
 
-# %% ../nbs/01_config.py #RunConfig@28a21b1b
+# %% ../nbs/01_config.py #RunConfig@57a36bfd
 @dataclass(frozen=True)
 class RunConfig:
     """Where a run lives and what it runs on."""
@@ -102,7 +102,7 @@ class MeshConfig:
     cp: int = knob(1, "context-parallel ranks, which share each sequence", low=1, free=True)
     ep: int = knob(1, "expert-parallel ranks, which share each layer's experts and also the batch", low=1, free=True)
     copies: int = knob(1, "hybrid sharding: copies of the sharded weights; divides dp", low=1, free=True)
-    schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev"] = knob(
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zbv", "dualpipev"] = knob(
         "dualpipev", "pipeline schedule, where pp is more than 1", free=True
     )
 
