@@ -120,9 +120,9 @@ class ClampedExperts(nn.Module):
         rows = (order // top_k).where(sorted_ids < experts, count)
 
         x = F.pad(tokens, (0, 0, 0, 1)).index_select(0, rows)
-        pre = torch.addmm(F.grouped_mm(x, gate_up.mT, offs=ends), chosen, gate_up_bias).masked_fill(absent, 0)
+        pre = torch.where(absent, 0, torch.addmm(F.grouped_mm(x, gate_up.mT, offs=ends), chosen, gate_up_bias))
         activated = clamped_swiglu(pre) * weights.flatten()[order].unsqueeze(1).to(tokens.dtype)
-        pairs = F.grouped_mm(activated.masked_fill(absent, 0), down.mT, offs=ends)
+        pairs = F.grouped_mm(torch.where(absent, 0, activated), down.mT, offs=ends)
 
         shares = weights.new_zeros(count, experts + 1).scatter_add(1, ids, weights)[:, :-1]
         output = torch.zeros(count + 1, tokens.shape[1], dtype=torch.float32, device=tokens.device)

@@ -93,8 +93,9 @@ fig
 # $$\big( I + \operatorname{tril}_{-1}(\operatorname{diag}(b)\, \Gamma \odot K K^\top) \big)\, U
 #   = \operatorname{diag}(b) \big( V - \operatorname{diag}(g) K S_0^\top \big).$$
 #
-# One triangular solve for all chunks at once gives $U$ as (what the values alone would write) minus (keys)
-# times $S_0^\top$. Only $S_0$ has to be carried from chunk to chunk, with two matrix products in each step:
+# The inverse of the bracket, by one triangular solve for all chunks at once, gives $U$ as (what the values alone
+# would write) minus (keys seen) times $S_0^\top$. Only $S_0$ has to be carried from chunk to chunk, with two matrix
+# products in each step:
 #
 # $$O = \operatorname{diag}(g)\, Q S_0^\top + (\Gamma \odot Q K^\top)\, U, \qquad
 #   S_C = g_C S_0 + U^\top \operatorname{diag}(g_C / g)\, K.$$
@@ -147,10 +148,13 @@ def gated_delta_rule(
     # Behind the end stand tokens that write nothing (b = 0) and forget nothing (a = 1), in the last document.
     age = torch.cat([age, age[:, -1:] + 1 + torch.arange(padding, device=q.device)], dim=1)
     q, k, v, log_a, b = (
-        F.pad(x.float(), (0, 0) * (x.dim() - 2) + (0, padding)).unflatten(1, (-1, chunk)).transpose(2, 3).contiguous()
+        F.pad(x.float(), (0, 0) * (x.dim() - 2) + (0, padding))
+        .unflatten(1, (-1, chunk))
+        .movedim((1, 3), (0, 2))
+        .contiguous()
         for x in (q, k, v, log_a, b)
-    )  # (B, chunks, heads, chunk, ...)
-    age, b = age.unflatten(1, (-1, 1, chunk)), b.unsqueeze(-1)
+    )  # (chunks, B, heads, chunk, ...)
+    age = age.unflatten(1, (-1, 1, chunk)).movedim(1, 0)
 
     log_g = log_a.cumsum(dim=-1)
     distance = step[:, None] - step
@@ -158,20 +162,22 @@ def gated_delta_rule(
     gamma = (log_g.unsqueeze(-1) - log_g.unsqueeze(-2)).masked_fill(hidden, -torch.inf).exp()
     g = (log_g.exp() * (age > step)).unsqueeze(-1)  # zero for tokens whose document began in this chunk
 
-    system = b * gamma * (k @ k.mT)  # the solve reads it below the diagonal only
-    solved = torch.linalg.solve_triangular(system, b * torch.cat([v, g * k], dim=-1), upper=False, unitriangular=True)
-    written, seen = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
-    last = gamma[..., -1, :, None] * k
+    system = b.unsqueeze(-1) * gamma * (k @ k.mT)  # the solve reads it below the diagonal only
+    unit = torch.eye(chunk, device=q.device).expand_as(system)
+    inverse = torch.linalg.solve_triangular(system, unit, upper=False, unitriangular=True) * b.unsqueeze(-2)
+    written, seen, last = inverse @ v, (inverse * g.mT) @ k, gamma[..., -1, :, None] * k
 
     if state is None:
-        state = v.new_zeros(v.shape[0], v.shape[2], v.shape[-1], k.shape[-1])
+        state = v.new_zeros(*v.shape[1:3], v.shape[-1], k.shape[-1])
+    shape, state = state.shape, state.flatten(0, 1)
     states, u = [], []
-    for written_n, seen_n, last_n, g_n in zip(*(x.unbind(1) for x in (written, seen, last, g)), strict=True):
+    for written_n, seen_n, last_n, g_n in zip(*(x.flatten(1, 2) for x in (written, seen, last, g)), strict=True):
         states.append(state)
-        u.append(written_n - seen_n @ state.mT)
-        state = g_n[..., -1:, :] * state + u[-1].mT @ last_n
-    o = (g * q) @ torch.stack(states, dim=1).mT + (gamma * (q @ k.mT)) @ torch.stack(u, dim=1)
-    return o.transpose(2, 3).flatten(1, 2)[:, :sequence].to(dtype), state
+        u.append(torch.baddbmm(written_n, seen_n, state.mT, alpha=-1))
+        state = torch.baddbmm(g_n[:, -1:] * state, u[-1].mT, last_n)
+    states = torch.stack(states).unflatten(1, shape[:2])
+    o = (g * q) @ states.mT + (gamma * (q @ k.mT)) @ torch.stack(u).view_as(v)
+    return o.movedim((0, 2), (1, 3)).flatten(1, 2)[:, :sequence].to(dtype), state.view(shape)
 
 
 # %% [markdown]
@@ -201,7 +207,8 @@ torch.testing.assert_close(packed, torch.cat(apart, dim=1), rtol=1e-5, atol=1e-5
 
 # %% [markdown]
 # How long should a chunk be? Longer chunks mean fewer steps in a row, but work inside a chunk grows with its
-# length. Forward and backward of 1,024 tokens with 4 heads of 64 features, best of three:
+# length. Forward and backward of 1,024 tokens with 4 heads of 64 features, best of three, on this machine. (On one H100,
+# 16,384 tokens with 32 heads of 128 features: 66 ms in chunks of 32, 43 of 64, 38 of 128, 55 of 256.)
 
 # %%
 import time
