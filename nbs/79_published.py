@@ -287,6 +287,8 @@ def gpt_oss_layers(layers: int) -> list[str]:
 def gpt_oss_settings(table: dict[str, Any]) -> dict[str, Any]:
     """GPT-OSS's positions; its layers alternate."""
     check_layer_types(table, gpt_oss_layers(table["num_hidden_layers"]))
+    if not (table.get("rope_parameters") or table.get("rope_scaling")):
+        raise UserError("rope_scaling: is missing; published GPT-OSS models say which positions they have")
     ours = yarn_positions(table)
     if "yarn_factor" in ours and rope_settings(table, ("yarn",)).get("truncate", True):
         raise UserError("truncate: is on; GPT-OSS's YaRN does not stop at whole pairs")
@@ -297,7 +299,9 @@ def gpt_oss_settings(table: dict[str, Any]) -> dict[str, Any]:
 #| export
 def gpt_oss_table(config: GptOssConfig) -> dict[str, Any]:
     """The way back from `gpt_oss_settings`."""
-    return yarn_rope(config, truncate=False) | {"layer_types": gpt_oss_layers(config.layers)}
+    rope = yarn_rope(config, truncate=False)
+    rope["rope_scaling"] = rope["rope_scaling"] or {"rope_type": "default"}  # readers take YaRN where it is missing
+    return rope | {"layer_types": gpt_oss_layers(config.layers)}
 
 
 # %%

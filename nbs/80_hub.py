@@ -337,6 +337,16 @@ def cut_shards(entries: list[Entry], limit: int) -> dict[str, list[Entry]]:
 
 # %%
 #| export
+def to_bytes(entry: Entry, tensor: Tensor) -> memoryview:
+    """What a file holds of a tensor. Raises UserError for values that the type cannot hold."""
+    tensor = tensor.to(DTYPES[entry.dtype]).contiguous()
+    if entry.dtype == "F16" and not tensor.isfinite().all():
+        raise UserError(f"{entry.name}: has values that float16 cannot hold; export as bfloat16 or float32")
+    return memoryview(tensor.flatten().view(torch.uint8).numpy())
+
+
+# %%
+#| export
 def write_shard(path: Path, entries: list[Entry], tensors: Iterator[Tensor]) -> None:
     """Write a safetensors file of `entries`, taking as many of `tensors`."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
@@ -348,10 +358,7 @@ def write_shard(path: Path, entries: list[Entry], tensors: Iterator[Tensor]) -> 
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for entry in entries:
-            tensor = next(tensors).to(DTYPES[entry.dtype]).contiguous()
-            if entry.dtype == "F16" and not tensor.isfinite().all():
-                raise UserError(f"{entry.name}: has values that float16 cannot hold; export as bfloat16 or float32")
-            file.write(tensor.flatten().view(torch.uint8).numpy())
+            file.write(to_bytes(entry, next(tensors)))
 
 
 # %%
@@ -405,16 +412,13 @@ def end_of_text(run: Path) -> int | None:
 def write_settings(run: Path, folder: Path, config: Config, dtype: str) -> None:
     """Everything of an exported folder but the weights."""
     (folder / "config.json").write_text(json.dumps(config_table(run, config, dtype), indent=2) + "\n")
-    texts = {"generation_config.json": {"eos_token_id": end_of_text(run)}}
     if (run / "tokenizer.json").is_file():
         shutil.copyfile(run / "tokenizer.json", folder / "tokenizer.json")
-        texts["tokenizer_config.json"] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": END_OF_TEXT,
-            "model_max_length": config.train.sequence_length,
-        }
-    for name, table in texts.items():
-        if not (run / "published").is_dir():
+    if not (run / "published").is_dir():
+        end, length = end_of_text(run), config.train.sequence_length
+        tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "model_max_length": length}
+        tables = {"generation_config.json": {"eos_token_id": end}}
+        for name, table in (tables if end is None else tables | {"tokenizer_config.json": tokenizer}).items():
             (folder / name).write_text(json.dumps(table, indent=2) + "\n")
     for name in BESIDE_WEIGHTS:
         if (run / "published" / name).is_file():
@@ -459,7 +463,14 @@ def export_model(
         Entry(part.name, others.get(part.name, common), part.shape) for parts in whole.values() for part in parts
     ]
     shards = cut_shards(entries, shard_bytes)
-    tensors = (part.elements for name in whole if whole[name] for part in views(config.model, name, read(name), {}))
+
+    def parts() -> Iterator[Tensor]:
+        for name in (name for name, parts in whole.items() if parts):
+            tensor = read(name)
+            yield from (part.elements for part in views(config.model, name, tensor, {}))
+            del tensor  # before the next is read
+
+    tensors = parts()
     with whole_or_not(folder) as partial:
         for file, shard in shards.items():
             write_shard(partial / file, shard, tensors)

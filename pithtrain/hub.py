@@ -4,7 +4,7 @@
 
 # %% auto
 __all__ = ['DTYPES', 'BESIDE_WEIGHTS', 'OLD_KEYS', 'unpack_mxfp4', 'Stored', 'stored_tensors', 'fill', 'read_config', 'misfits',
-           'OneByOne', 'whole_or_not', 'import_model', 'Entry', 'cut_shards', 'write_shard', 'config_table',
+           'OneByOne', 'whole_or_not', 'import_model', 'Entry', 'cut_shards', 'to_bytes', 'write_shard', 'config_table',
            'end_of_text', 'write_settings', 'export_model']
 
 # %% ../nbs/80_hub.py #imports@afa67e78
@@ -263,7 +263,15 @@ def cut_shards(entries: list[Entry], limit: int) -> dict[str, list[Entry]]:
         return {"model.safetensors": shards[0]}
     return {f"model-{n:05}-of-{len(shards):05}.safetensors": shard for n, shard in enumerate(shards, start=1)}
 
-# %% ../nbs/80_hub.py #write_shard@6bc03e19
+# %% ../nbs/80_hub.py #to_bytes@23c14453
+def to_bytes(entry: Entry, tensor: Tensor) -> memoryview:
+    """What a file holds of a tensor. Raises UserError for values that the type cannot hold."""
+    tensor = tensor.to(DTYPES[entry.dtype]).contiguous()
+    if entry.dtype == "F16" and not tensor.isfinite().all():
+        raise UserError(f"{entry.name}: has values that float16 cannot hold; export as bfloat16 or float32")
+    return memoryview(tensor.flatten().view(torch.uint8).numpy())
+
+# %% ../nbs/80_hub.py #write_shard@b475b6d5
 def write_shard(path: Path, entries: list[Entry], tensors: Iterator[Tensor]) -> None:
     """Write a safetensors file of `entries`, taking as many of `tensors`."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
@@ -275,10 +283,7 @@ def write_shard(path: Path, entries: list[Entry], tensors: Iterator[Tensor]) -> 
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for entry in entries:
-            tensor = next(tensors).to(DTYPES[entry.dtype]).contiguous()
-            if entry.dtype == "F16" and not tensor.isfinite().all():
-                raise UserError(f"{entry.name}: has values that float16 cannot hold; export as bfloat16 or float32")
-            file.write(tensor.flatten().view(torch.uint8).numpy())
+            file.write(to_bytes(entry, next(tensors)))
 
 # %% ../nbs/80_hub.py #OLD_KEYS@df4f1801
 OLD_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "quantization_config", "dtype",
@@ -304,26 +309,23 @@ def end_of_text(run: Path) -> int | None:
     added = json.loads((run / "tokenizer.json").read_text())["added_tokens"]
     return next((token["id"] for token in added if token["content"] == END_OF_TEXT), None)
 
-# %% ../nbs/80_hub.py #write_settings@909345a9
+# %% ../nbs/80_hub.py #write_settings@64602aee
 def write_settings(run: Path, folder: Path, config: Config, dtype: str) -> None:
     """Everything of an exported folder but the weights."""
     (folder / "config.json").write_text(json.dumps(config_table(run, config, dtype), indent=2) + "\n")
-    texts = {"generation_config.json": {"eos_token_id": end_of_text(run)}}
     if (run / "tokenizer.json").is_file():
         shutil.copyfile(run / "tokenizer.json", folder / "tokenizer.json")
-        texts["tokenizer_config.json"] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": END_OF_TEXT,
-            "model_max_length": config.train.sequence_length,
-        }
-    for name, table in texts.items():
-        if not (run / "published").is_dir():
+    if not (run / "published").is_dir():
+        end, length = end_of_text(run), config.train.sequence_length
+        tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "model_max_length": length}
+        tables = {"generation_config.json": {"eos_token_id": end}}
+        for name, table in (tables if end is None else tables | {"tokenizer_config.json": tokenizer}).items():
             (folder / name).write_text(json.dumps(table, indent=2) + "\n")
     for name in BESIDE_WEIGHTS:
         if (run / "published" / name).is_file():
             shutil.copyfile(run / "published" / name, folder / name)
 
-# %% ../nbs/80_hub.py #export_model@bcb9e9a8
+# %% ../nbs/80_hub.py #export_model@ef9d79a0
 def export_model(
     run: Path, folder: Path, dtype: str = "", shard_bytes: int = 5 * 10**9, report: Callable[[str], None] = print
 ) -> None:
@@ -360,7 +362,14 @@ def export_model(
         Entry(part.name, others.get(part.name, common), part.shape) for parts in whole.values() for part in parts
     ]
     shards = cut_shards(entries, shard_bytes)
-    tensors = (part.elements for name in whole if whole[name] for part in views(config.model, name, read(name), {}))
+
+    def parts() -> Iterator[Tensor]:
+        for name in (name for name, parts in whole.items() if parts):
+            tensor = read(name)
+            yield from (part.elements for part in views(config.model, name, tensor, {}))
+            del tensor  # before the next is read
+
+    tensors = parts()
     with whole_or_not(folder) as partial:
         for file, shard in shards.items():
             write_shard(partial / file, shard, tensors)

@@ -1,0 +1,423 @@
+"""Published folders in and out: the same logits, the same bytes, little memory, and refusals that name everything."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import families
+import pytest
+import test_deepseek
+import test_gpt_oss
+import test_qwen3_5_moe
+import test_qwen3_moe
+import torch
+from safetensors.torch import load_file, save_file
+
+from pithtrain.config import Config, Qwen3MoeConfig, RunConfig, UserError, load_config, to_toml
+from pithtrain.hub import cut_shards, export_model, import_model, unpack_mxfp4
+from pithtrain.models.build import build
+from pithtrain.published import published_of, settings_from, table_from, views
+from pithtrain.train.checkpoint import checkpoint_path, load_weights, save_checkpoint
+
+FAMILIES = {
+    "qwen3-moe": (test_qwen3_moe.BASE, test_qwen3_moe.transformers_model),
+    "deepseek-v2-lite": (test_deepseek.SHAPES["V2-Lite"][0], test_deepseek.transformers_model),
+    "deepseek-v2": (test_deepseek.SHAPES["V2"][0], test_deepseek.transformers_model),
+    "deepseek-v3": (test_deepseek.SHAPES["V3"][0], test_deepseek.transformers_model),
+    "gpt-oss": (test_gpt_oss.BASE, lambda c: test_gpt_oss.pair(c)[0]),
+    "gpt-oss, no yarn": (test_gpt_oss.SHAPES["no yarn"][0], lambda c: test_gpt_oss.pair(c)[0]),
+    "qwen3.5-moe": (test_qwen3_5_moe.BASE, lambda c: test_qwen3_5_moe.pair(c)[0]),
+}
+SMALL = test_qwen3_moe.BASE
+
+
+def tensors_of(folder):
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def rewrite(folder, change):
+    """Change the tensors of a folder, in one file from then on."""
+    tensors = tensors_of(folder)
+    change(tensors)
+    for path in folder.glob("model*"):
+        path.unlink()
+    save_file(tensors, folder / "model.safetensors")
+
+
+def same_bytes(a, b):
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def imported_model(run):
+    model = build(load_config(run / "config.toml").model)
+    load_weights(checkpoint_path(run / "checkpoints", 0), model)
+    return model
+
+
+def make_run(config, run, step=3, model=None):
+    """A run folder as the trainer leaves it, with random weights."""
+    model = model or families.random_model(config, biases=0.1)
+    run.mkdir(parents=True)
+    (run / "config.toml").write_text(to_toml(Config(run=RunConfig(name=run.name), model=config)))
+    save_checkpoint(run / "checkpoints", step, {f"model.{n}": t for n, t in model.state_dict().items()}, keep=1)
+    return model
+
+
+def published(folder, config=SMALL, dtype="F32"):
+    """A published folder of a small model."""
+    make_run(config, folder.parent / "made")
+    export_model(folder.parent / "made", folder, dtype, report=str)
+    return folder
+
+
+def refused(*arguments, function=import_model):
+    with pytest.raises(UserError) as caught:
+        function(*arguments, report=str)
+    assert not list(arguments[1].parent.glob(f"*{arguments[1].name}*")), "something was left"
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_transformers_folders_come_in_and_go_out_exactly(name, tmp_path):
+    """Their bf16 folder -> run -> folder: our logits are theirs, all bytes are the same, and they read it again."""
+    hf = pytest.importorskip("transformers")
+    config, theirs_of = FAMILIES[name]
+    theirs = theirs_of(config)
+    theirs.load_state_dict({n: t.bfloat16().float() for n, t in theirs.state_dict().items()})
+    copy.deepcopy(theirs).bfloat16().save_pretrained(tmp_path / "in", max_shard_size="30KB")
+    rewrite(
+        tmp_path / "in", lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].float()})
+    )
+    import_model(tmp_path / "in", tmp_path / "run", report=str)
+    found = load_config(tmp_path / "run" / "config.toml").model
+    unread = {"yarn_length": config.yarn_length} if getattr(config, "yarn_factor", 0) == 1 else {}
+    assert replace(found, init_std=config.init_std, **unread) == config
+
+    ids, _ = families.text(config, 2, 16)
+    ours = imported_model(tmp_path / "run")
+    logits = ours.logits(ours(ids, torch.arange(16))[0])
+    expected = theirs(ids, use_cache=False).logits
+    assert ((logits - expected).abs().max() / expected.abs().max()).item() < 2e-5
+
+    export_model(tmp_path / "run", tmp_path / "out", shard_bytes=30_000, report=str)
+    before, after = tensors_of(tmp_path / "in"), tensors_of(tmp_path / "out")
+    if name.startswith("qwen3.5"):  # transformers writes these experts apart, the published checkpoints stacked
+        stacked = dict(before)
+        for layer in range(config.layers):
+            experts = f"model.layers.{layer}.mlp.experts"
+            each = [[stacked.pop(f"{experts}.{e}.{p}_proj.weight") for p in ("gate", "up", "down")] for e in range(8)]
+            stacked[f"{experts}.gate_up_proj"] = torch.stack([torch.cat([gate, up]) for gate, up, _ in each])
+            stacked[f"{experts}.down_proj"] = torch.stack([down for *_, down in each])
+        before = stacked
+    assert before.keys() == after.keys()
+    assert [n for n in before if not same_bytes(before[n], after[n])] == []
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+
+    again = hf.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    assert type(again) is type(theirs)
+    assert torch.equal(again(ids, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_run_trained_here_goes_out_and_transformers_scores_as_we_do(name, tmp_path):
+    hf = pytest.importorskip("transformers")
+    config, ours = FAMILIES[name][0], None
+    ours = make_run(config, tmp_path / "run")
+    export_model(tmp_path / "run", tmp_path / "out", report=str)
+    theirs, report = hf.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    ids, _ = families.text(config, 2, 16)
+    logits, expected = ours.logits(ours(ids, torch.arange(16))[0]), theirs(ids, use_cache=False).logits
+    assert ((logits - expected).abs().max() / expected.abs().max()).item() < 2e-5
+    import_model(tmp_path / "out", tmp_path / "back", report=str)
+    back = imported_model(tmp_path / "back").state_dict()
+    assert all(torch.equal(back[n], t) for n, t in ours.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "configs").glob("*.toml")), ids=lambda p: p.stem
+)
+def test_published_configs_survive_config_json(path):
+    config = load_config(path).model
+    found, settings = settings_from(json.loads(json.dumps(table_from(config))))
+    assert found is published_of(config) and type(config)(**settings) == config
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_element_of_ours_is_published_once(name):
+    config = FAMILIES[name][0]
+    for ours, shape in ((n, t.shape) for n, t in build(config).state_dict().items()):
+        counts = torch.zeros(shape)
+        for view in views(config, ours, counts, {}):
+            assert view.elements.numel() == torch.Size(view.shape).numel()
+            view.elements.add_(1)
+        assert (counts == (0 if ours.endswith("router.bias") and config.family != "deepseek" else 1)).all() or (
+            config.family == "deepseek" and config.scoring == "softmax" and ours.endswith("router.bias")
+        )
+
+
+def test_qwen3_5_multimodal_folders_give_their_text_model(tmp_path):
+    folder = published(tmp_path / "in", test_qwen3_5_moe.BASE)
+    before = tensors_of(folder)
+
+    def wrap(tensors):
+        for name in [n for n in tensors if n.startswith("model.")]:
+            tensors[name.replace("model.", "model.language_model.", 1)] = tensors.pop(name)
+        tensors["model.visual.merger.norm.weight"] = torch.ones(4)
+        tensors["mtp.fc.weight"] = torch.ones(4)
+
+    rewrite(folder, wrap)
+    table = json.loads((folder / "config.json").read_text())
+    whole = {"model_type": "qwen3_5_moe", "architectures": ["Qwen3_5MoeForConditionalGeneration"], "text_config": table}
+    (folder / "config.json").write_text(json.dumps(whole))
+    said = []
+    import_model(folder, tmp_path / "run", report=said.append)
+    assert "2 tensors that are no part of the text decoder were left out" in said
+    export_model(tmp_path / "run", tmp_path / "out", report=str)
+    after = tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys() and all(same_bytes(before[n], after[n]) for n in before)
+
+
+def pack_mxfp4(values):
+    """(..., rows, 32 G) -> blocks and scales, by the scale that fits the largest of each 32; and what they mean."""
+    steps = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    groups = values.unflatten(-1, (-1, 32))
+    exponent = (groups.abs().amax(-1, keepdim=True) / 6).log2().ceil()
+    code = (groups.abs() / 2**exponent).unsqueeze(-1).sub(steps).abs().argmin(-1)
+    meant = steps[code] * 2**exponent * groups.sign()
+    code = (code + 8 * (groups < 0)).to(torch.uint8)
+    blocks = code[..., 0::2] | code[..., 1::2] << 4
+    return blocks, (exponent.squeeze(-1) + 127).to(torch.uint8), meant.flatten(-2)
+
+
+def test_packed_gpt_oss_experts_are_unpacked_as_transformers_does(tmp_path):
+    config = replace(test_gpt_oss.BASE, hidden=64, expert_hidden=32)
+    folder = published(tmp_path / "in", config)
+    meant = {}
+
+    def pack(tensors):
+        for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+            blocks, scales, meant[name] = pack_mxfp4(tensors.pop(name).mT)
+            tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, scales
+
+    rewrite(folder, pack)
+    said = []
+    import_model(folder, tmp_path / "run", report=said.append)
+    assert "6 expert tensors were packed as MXFP4; they are unpacked here, and export writes them as BF16" in said
+    export_model(tmp_path / "run", tmp_path / "out", report=str)
+    after = tensors_of(tmp_path / "out")
+    assert len(meant) == 6
+    hf = pytest.importorskip("transformers.integrations.mxfp4")
+    for name, values in meant.items():
+        assert after[name].dtype == torch.bfloat16 and torch.equal(after[name].float(), values.mT)
+        theirs = hf.convert_moe_packed_tensors(*(tensors_of(folder)[f"{name}_{part}"] for part in ("blocks", "scales")))
+        assert torch.equal(after[name], theirs)
+    table = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in table
+
+
+def test_mxfp4_values():
+    blocks = torch.arange(16, dtype=torch.uint8).view(1, 16) * 17  # both halves of byte i hold code i
+    values = unpack_mxfp4(blocks, torch.tensor([128], dtype=torch.uint8))
+    positive = [0, 1, 2, 3, 4, 6, 8, 12]
+    assert values[::2].tolist() == values[1::2].tolist() == positive + [-v for v in positive]
+
+
+def test_a_folder_that_does_not_fit_is_refused_with_every_name(tmp_path):
+    folder = published(tmp_path / "in")
+
+    def spoil(tensors):
+        del tensors["model.norm.weight"], tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
+        tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
+        tensors["model.layers.0.mlp.experts.8.up_proj.weight"] = torch.zeros(24, 32)
+        tensors["model.layers.0.mlp.gate.weight"] = torch.zeros(7, 32)
+        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].to(torch.float64)
+        tensors["model.layers.1.input_layernorm.weight"] = torch.zeros(32, dtype=torch.int8)
+
+    rewrite(folder, spoil)
+    lines = refused(folder, tmp_path / "run").splitlines()
+    assert sorted(lines[1:]) == [
+        "model.embed_tokens.weight: is of type F64, expected F32, BF16, F16",
+        "model.layers.0.mlp.experts.8.up_proj.weight: is not part of this model",
+        "model.layers.0.mlp.gate.weight: has shape (7, 32), expected (8, 32)",
+        "model.layers.0.self_attn.q_proj.bias: is not part of this model",
+        "model.layers.1.input_layernorm.weight: is of type I8, expected F32, BF16, F16",
+        "model.layers.1.mlp.experts.3.up_proj.weight: is missing",
+        "model.norm.weight: is missing",
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "llama"}, "model_type: 'llama' is not an architecture known here (qwen3_moe,"),
+        ({"model_type": None}, "model_type: None is not an architecture"),
+        ({"hidden_size": None}, "hidden_size: is missing"),
+        (
+            {"hidden_act": "gelu", "attention_bias": True},
+            "hidden_act: 'gelu', and only 'silu' is known here; attention",
+        ),
+        ({"mlp_only_layers": [1]}, "mlp_only_layers: [1], and only [] is known here"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type: 'linear' is not known of this family"),
+        ({"num_experts": "many"}, "model.experts: 'many' is of type str, expected int"),
+        ({"num_experts_per_tok": 9}, "model.top_k: 9 is more than experts, 8"),
+        ({"head_dim": 8.5}, "model.head_dim: 8.5 is of type float, expected int"),
+        ({"rms_norm_eps": "small"}, "not the settings of a model"),
+    ],
+)
+def test_settings_that_are_not_known_are_refused(changes, message, tmp_path):
+    folder = published(tmp_path / "in")
+    table = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(table))
+    said = refused(folder, tmp_path / "run")
+    assert message in said and "\n" not in said and "config.json" in said
+
+
+def test_broken_folders_are_refused_in_one_line(tmp_path):
+    folder = published(tmp_path / "in")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-100])
+    assert "not a readable safetensors file" in refused(folder, tmp_path / "run")
+    (folder / "model.safetensors").unlink()
+    assert "model.safetensors: no such file" in refused(folder, tmp_path / "run")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "x-00001.safetensors"}}')
+    assert "x-00001.safetensors: no such file" in refused(folder, tmp_path / "run")
+    (folder / "model.safetensors.index.json").write_text("[]")
+    assert "not an index" in refused(folder, tmp_path / "run")
+    (folder / "config.json").write_text("{")
+    assert "not the settings of a model" in refused(folder, tmp_path / "run")
+    (folder / "config.json").unlink()
+    assert "config.json: no such file" in refused(folder, tmp_path / "run")
+    assert "no such file" in refused(tmp_path / "nowhere", tmp_path / "run")
+
+
+def test_nothing_is_overwritten_and_nothing_is_left_behind(tmp_path, monkeypatch):
+    folder = published(tmp_path / "in")
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "mine").write_text("x")
+    for function, source in ((import_model, folder), (export_model, tmp_path / "made")):
+        with pytest.raises(UserError, match="kept: exists"):
+            function(source, kept, report=str)
+    assert [path.name for path in kept.iterdir()] == ["mine"]
+
+    import pithtrain.hub as hub
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub, "fill", interrupted)
+    monkeypatch.setattr(hub, "write_shard", interrupted)
+    for function, source in ((import_model, folder), (export_model, tmp_path / "made")):
+        with pytest.raises((KeyboardInterrupt, BaseException)):
+            function(source, tmp_path / "new", report=str)
+        assert {path.name for path in tmp_path.iterdir()} == {"in", "kept", "made"}
+
+
+def test_what_the_published_form_cannot_say_is_refused(tmp_path):
+    model = make_run(SMALL, tmp_path / "qwen", step=1)
+    model.layers["1"].router.bias[2] = 0.25
+    make_run(SMALL, tmp_path / "biased", model=model)
+    said = refused(tmp_path / "biased", tmp_path / "out", function=export_model).splitlines()
+    assert said[1:] == ["layers.1.router.bias: is not zero, and the published form has no such tensor"]
+
+    lite = test_deepseek.SHAPES["V2-Lite"][0]
+    make_run(replace(lite, renormalise=True), tmp_path / "renormalised")
+    said = refused(tmp_path / "renormalised", tmp_path / "out", function=export_model)
+    assert "model.renormalise: is on" in said and "\n" not in said
+    make_run(replace(lite, yarn_mscale_all_dim=0.0), tmp_path / "magnitude")
+    assert "yarn_mscale" in refused(tmp_path / "magnitude", tmp_path / "out", function=export_model)
+
+    model = make_run(SMALL, tmp_path / "wide")
+    with torch.no_grad():
+        model.norm.weight[0] = 1e6
+    make_run(SMALL, tmp_path / "wider", model=model)
+    with pytest.raises(UserError, match=r"norm\.weight: has values that float16 cannot hold"):
+        export_model(tmp_path / "wider", tmp_path / "out", "F16", report=str)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "none").mkdir()
+    assert "not a run" in refused(tmp_path / "none", tmp_path / "out", function=export_model)
+    (tmp_path / "none" / "config.toml").write_text("")
+    assert "has no checkpoint yet" in refused(tmp_path / "none", tmp_path / "out", function=export_model)
+
+
+def test_tokenizer_and_settings_beside_the_weights_travel(tmp_path):
+    folder = published(tmp_path / "in")
+    assert not (folder / "tokenizer.json").exists()
+    beside = {"generation_config.json": '{"eos_token_id": 7}', "chat_template.jinja": "{{x}}", "tokenizer.json": "{}"}
+    for name, text in beside.items():
+        (folder / name).write_text(text)
+    table = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 7, "max_position_embeddings": 123}
+    (folder / "config.json").write_text(json.dumps(table))
+    import_model(folder, tmp_path / "run", report=str)
+    assert (tmp_path / "run" / "tokenizer.json").read_text() == "{}"
+    export_model(tmp_path / "run", tmp_path / "out", report=str)
+    assert all((tmp_path / "out" / name).read_text() == text for name, text in beside.items())
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (found["eos_token_id"], found["max_position_embeddings"]) == (7, 123)
+    assert load_config(tmp_path / "run" / "config.toml").train.sequence_length == 123
+
+
+def test_shards_are_cut_where_they_would_grow_too_large():
+    from pithtrain.hub import Entry
+
+    entries = [Entry(str(n), "F32", (n,)) for n in (5, 5, 20, 1, 1)]
+    names = {file: [entry.name for entry in shard] for file, shard in cut_shards(entries, 40).items()}
+    assert names == {
+        "model-00001-of-00003.safetensors": ["5", "5"],
+        "model-00002-of-00003.safetensors": ["20"],
+        "model-00003-of-00003.safetensors": ["1", "1"],
+    }
+    assert list(cut_shards(entries, 1000)) == ["model.safetensors"]
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from pithtrain.hub import export_model, import_model
+def mib(key):
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[key].split()[0]) / 1024
+import_model(Path(sys.argv[1]), Path(sys.argv[4]), report=str)  # whatever is loaded late, is loaded now
+before = mib("VmRSS")
+(import_model if sys.argv[5] == "in" else export_model)(Path(sys.argv[2]), Path(sys.argv[3]), report=str)
+print(mib("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+def test_a_transfer_needs_the_memory_of_two_tensors_however_large_the_model(tmp_path):
+    """PITHTRAIN_HUB_LAYERS makes the model larger: 60 layers of 72 MiB are a checkpoint of 4.2 GiB."""
+    small = published(tmp_path / "small")
+    layers = int(os.environ.get("PITHTRAIN_HUB_LAYERS", 5))
+    config = Qwen3MoeConfig(layers=layers, hidden=256, experts=48, expert_hidden=512, vocab_size=1000)
+    with torch.device("meta"):
+        shapes = build(config).state_dict()
+    whole, largest = (f(4 * t.numel() / 2**20 for t in shapes.values()) for f in (sum, max))
+
+    from pithtrain.hub import Entry, write_shard
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(table_from(config)))
+    names = [part for name, t in shapes.items() for part in views(config, name, t, {})]
+    random = torch.randn(2**19, generator=torch.Generator().manual_seed(0))
+    noise = (random[n % 100 :][: part.elements.numel()].view(part.shape) for n, part in enumerate(names))
+    write_shard(folder / "model.safetensors", [Entry(part.name, "BF16", part.shape) for part in names], noise)
+
+    for way, source, target in (("in", "in", "run"), ("out", "run", "out")):
+        arguments = [small, tmp_path / source, tmp_path / target, tmp_path / f"warm-{way}", way]
+        done = subprocess.run([sys.executable, "-c", MEASURE, *map(str, arguments)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peak = float(done.stdout)
+        print(f"{way}: {whole:.0f} MiB of weights, largest tensor {largest:.0f} MiB, peak {peak:.0f} MiB")
+        assert 0.9 * largest < peak < 2.3 * largest < 0.4 * whole
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
