@@ -79,10 +79,9 @@ class DeepseekLayer(nn.Module):
     ) -> tuple[Tensor, Tensor, Routed | None]:
         """Stage 1: attention, the MLP that every token visits, then routing of the normalised tokens."""
         residual = hidden + self.attention(self.attention_norm(hidden), sequences, cache)
-        x = self.mlp_norm(residual)
+        tokens = self.mlp_norm(residual.flatten(0, 1))
         if self.mlp is not None:
-            residual = residual + self.mlp(x)
-        tokens = x.flatten(0, 1)
+            residual = residual + self.mlp(tokens).view_as(residual)
         return residual, tokens, None if self.router is None else self.router(tokens)
 
     def aggregate(self, residual: Tensor, expert_output: Tensor) -> Tensor:

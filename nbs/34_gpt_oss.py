@@ -216,7 +216,7 @@ class GptOssLayer(nn.Module):
     def attend(self, hidden: Tensor, sequences: Sequences, cache: Cache | None = None) -> tuple[Tensor, Tensor, Routed]:
         """Stage 1: attention, then routing of the normalised tokens."""
         residual = hidden + self.attention(self.attention_norm(hidden), sequences, cache)
-        tokens = self.expert_norm(residual).flatten(0, 1)
+        tokens = self.expert_norm(residual.flatten(0, 1))
         return residual, tokens, self.router(tokens)
 
     def aggregate(self, residual: Tensor, expert_output: Tensor) -> Tensor:

@@ -151,9 +151,9 @@ class Qwen3_5MoeLayer(nn.Module):
     ) -> tuple[Tensor, Tensor, Routed]:
         """Stage 1: attention of the layer's kind, the shared expert, then routing of the normalised tokens."""
         residual = hidden + self.attention(self.attention_norm(hidden), sequences, cache)
-        x = self.expert_norm(residual)
-        residual = residual + self.shared_gate(x).sigmoid() * self.shared(x)
-        tokens = x.flatten(0, 1)
+        tokens = self.expert_norm(residual.flatten(0, 1))
+        shared = self.shared_gate(tokens).sigmoid() * self.shared(tokens)
+        residual = residual + shared.view_as(residual)
         return residual, tokens, self.router(tokens)
 
     def aggregate(self, residual: Tensor, expert_output: Tensor) -> Tensor:

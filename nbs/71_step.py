@@ -210,6 +210,7 @@ class Learner:
             dtype=dtype,
             recompute=train.recompute,
         )
+        self.share = place.exchange.share(config.model.experts)
         self.parts: dict[int, Decoder] = {}
         for stage in self.schedule.held_by(mesh.coordinates.pp):
             first, last = stage == 0, stage == self.schedule.stages - 1

@@ -15,6 +15,7 @@
 import dataclasses
 import logging
 import tempfile
+import zlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pithtrain.config import Config, MeshConfig, UserError
 from pithtrain.parallel.mesh import Mesh, check_axes, fit_axes, make_mesh
@@ -68,6 +69,28 @@ def nothing(learner: Learner) -> None:
     """Leaves the learner as it is."""
 
 
+# %% [markdown]
+# Norms start at one and biases at zero, where a mistake may not show, and where a relative difference would
+# be one of nothing but rounding. So everything that does not start at random is moved from where it starts.
+
+
+# %%
+#| export
+@torch.no_grad()
+def stir(learner: Learner) -> None:
+    """Add noise, the same on every mesh, to parameters that do not start at random."""
+    for name, parameter in learner.named_parameters():
+        if parameter.dim() > 1 and not name.endswith(("bias", "convolution")):
+            continue
+        share = learner.share if ".experts." in name else range(parameter.shape[0])
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        experts = learner.config.model.experts if ".experts." in name else parameter.shape[0]
+        noise = 0.2 * torch.randn((experts, *parameter.shape[1:]), generator=generator)[share.start : share.stop]
+        if isinstance(parameter, DTensor):
+            noise = distribute_tensor(noise, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter += noise
+
+
 # %%
 #| export
 class Trace(NamedTuple):
@@ -82,6 +105,7 @@ class Trace(NamedTuple):
 def trace(config: Config, mesh: Mesh, steps: int, prepare: Prepare) -> Trace:
     """Train `steps` steps of `config` on random tokens. With pipelines, a rank has the weights of its stages."""
     learner = Learner(config, mesh)
+    stir(learner)
     prepare(learner)
     train = config.train
     batches = RandomBatches(config.model.vocab_size, train.sequence_length, train.batch_size)

@@ -75,7 +75,7 @@ class TopKSoftmaxRouter(nn.Module):
         expert_ids = torch.topk(scores.detach() + self.bias, self.top_k, dim=-1).indices
         return Routed(scores.gather(1, expert_ids).softmax(dim=-1), expert_ids, scores.softmax(dim=-1))
 
-# %% ../../nbs/34_gpt_oss.py #GptOssLayer@3a48c09e
+# %% ../../nbs/34_gpt_oss.py #GptOssLayer@e55026dd
 class GptOssLayer(nn.Module):
     """One decoder layer, in the stages of `pithtrain.models.stages.Layer`; `window` None sees everything."""
 
@@ -91,7 +91,7 @@ class GptOssLayer(nn.Module):
     def attend(self, hidden: Tensor, sequences: Sequences, cache: Cache | None = None) -> tuple[Tensor, Tensor, Routed]:
         """Stage 1: attention, then routing of the normalised tokens."""
         residual = hidden + self.attention(self.attention_norm(hidden), sequences, cache)
-        tokens = self.expert_norm(residual).flatten(0, 1)
+        tokens = self.expert_norm(residual.flatten(0, 1))
         return residual, tokens, self.router(tokens)
 
     def aggregate(self, residual: Tensor, expert_output: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ class StepResult(NamedTuple):
     load: Tensor  #: (L, E) int64 pairs that each expert got in the step
     entropy: Tensor  #: (L,) mean routing entropy, nats
 
-# %% ../../nbs/71_step.py #Learner@8de3eb2d
+# %% ../../nbs/71_step.py #Learner@d14e8db9
 class Learner:
     """What one rank trains: its parts of the model, their optimiser, and the engine that runs them.
 
@@ -161,6 +161,7 @@ class Learner:
             dtype=dtype,
             recompute=train.recompute,
         )
+        self.share = place.exchange.share(config.model.experts)
         self.parts: dict[int, Decoder] = {}
         for stage in self.schedule.held_by(mesh.coordinates.pp):
             first, last = stage == 0, stage == self.schedule.stages - 1

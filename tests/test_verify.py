@@ -1,0 +1,257 @@
+"""Every family on every small mesh against one process: losses, gradient norms, weights after three steps."""
+
+import dataclasses
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pithtrain import cli
+from pithtrain.config import (
+    BalanceConfig,
+    Config,
+    DeepseekConfig,
+    GptOssConfig,
+    MeshConfig,
+    OptimizerConfig,
+    Qwen3_5MoeConfig,
+    Qwen3MoeConfig,
+    TrainConfig,
+    UserError,
+)
+from pithtrain.parallel.mesh import Mesh, fit_axes
+from pithtrain.parallel.pipeline.generate import KINDS
+from pithtrain.train.step import Learner, read_microbatches
+from pithtrain.verify import RandomBatches, Trace, compare, nothing, reference_config, trace, verify
+
+TOLERANCE = 1e-5
+SIZES = {
+    "vocab_size": 300,
+    "layers": 4,
+    "hidden": 32,
+    "heads": 4,
+    "experts": 8,
+    "top_k": 3,
+    "expert_hidden": 24,
+    "tie_embeddings": False,
+    "init_std": 0.1,
+}
+FAMILIES = {
+    "qwen3-moe": Qwen3MoeConfig(**SIZES, kv_heads=2, head_dim=8),
+    "deepseek v2": DeepseekConfig(**SIZES, head_dim=8, rope_dim=4, value_dim=6, latent_rank=12, dense_hidden=40),
+    "deepseek v3": DeepseekConfig(
+        **SIZES, scoring="sigmoid", head_dim=8, rope_dim=4, value_dim=8, latent_rank=12, query_rank=16,
+        dense_hidden=40, groups=4, top_groups=2, renormalise=True, routed_scale=2.5,
+    ),
+    "gpt-oss": GptOssConfig(**SIZES, kv_heads=2, head_dim=8, window=5),
+    "qwen3.5-moe": Qwen3_5MoeConfig(
+        **SIZES, kv_heads=2, head_dim=8, rope_dim=4, full_every=2, delta_key_heads=4, delta_value_heads=8,
+        delta_key_dim=8, delta_value_dim=6, shared_hidden=20,
+    ),
+}  # fmt: skip
+TRAIN = TrainConfig(steps=20, sequence_length=32, batch_size=8, micro_batch_size=1)
+BALANCE = BalanceConfig(global_batch=0.01, sequence=0.02, bias_rate=0.001)
+MESHES = {
+    2: [{"dp": 2}, {"cp": 2}, {"ep": 2}, {"pp": 2}],
+    4: [{"dp": 4}, {"cp": 4}, {"ep": 4}, {"dp": 2, "cp": 2}, {"dp": 2, "ep": 2}, {"cp": 2, "ep": 2}],
+    8: [{"dp": 2, "cp": 2, "ep": 2}],
+}
+
+
+# Adam makes a whole step of a gradient that is nothing but rounding, unless eps is larger than that.
+OPTIMIZER = OptimizerConfig(eps=1e-6)
+
+
+def run(model, mesh, **changes):
+    train = dataclasses.replace(TRAIN, **changes.pop("train", {}))
+    return Config(
+        model=model, mesh=MeshConfig(**mesh), train=train, **{"balance": BALANCE, "optimizer": OPTIMIZER, **changes}
+    )
+
+
+def check(configs, world_size, prepare=nothing, names=()):
+    found = verify(configs, world_size, prepare=prepare)
+    for config, c in zip(configs, found, strict=True):
+        mesh = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(config.mesh).items() if v not in (0, 1))
+        print(f"{config.model.family:<12} {mesh:<28} {c.largest:.1e} {c.name}")  # seen with pytest -rP
+    for config, c in zip(configs, found, strict=True):
+        assert c.largest < TOLERANCE and c.load == 0, (config.model.family, config.mesh, c)
+    return found
+
+
+@pytest.mark.parametrize("world_size", MESHES)
+def test_every_family_on_every_mesh(world_size):
+    families = FAMILIES.values()
+    configs = [run(model, mesh) for model in families for mesh in MESHES[world_size]]
+    check(configs, world_size)
+
+
+def test_pipelines_beside_the_other_axes():
+    qwen, deepseek = FAMILIES["qwen3-moe"], FAMILIES["deepseek v3"]
+    check([run(m, {"pp": 2, axis: 2}) for m, axis in ((qwen, "cp"), (qwen, "ep"), (qwen, "dp"), (deepseek, "ep"))], 4)
+    check([run(qwen, {"pp": 2, "cp": 2, "ep": 2}), run(qwen, {"dp": 2, "ep": 4}), run(qwen, {"cp": 4, "ep": 2})], 8)
+
+
+def to_first_experts(learner):
+    """All tokens choose experts 0, 1 and 2: other ranks receive nothing."""
+    for part in learner.parts.values():
+        for layer in part.layers.values():
+            layer.router.bias[:3] = 100.0
+
+
+def test_a_rank_that_receives_nothing():
+    model = FAMILIES["qwen3-moe"]
+    configs = [run(model, {"ep": 4}), run(model, {"dp": 2, "ep": 2}), run(model, {"pp": 2, "ep": 2})]
+    check(configs, 4, to_first_experts)
+
+
+def test_more_experts_a_token_than_ranks_and_all_of_them():
+    models = [dataclasses.replace(FAMILIES["qwen3-moe"], top_k=top_k) for top_k in (5, 8)]
+    check([run(model, {"ep": 2}) for model in models], 2)
+
+
+def test_balance_over_microbatches_and_sequences():
+    """The reference then takes the ranks' microbatches one after the other."""
+    balance = BalanceConfig(micro_batch=0.03, sequence=0.02, global_batch=0.0)
+    check([run(FAMILIES["qwen3-moe"], mesh, balance=balance) for mesh in ({"dp": 2}, {"cp": 2}, {"ep": 2})], 2)
+
+
+def test_recomputation_and_hybrid_sharding_change_nothing():
+    model = FAMILIES["qwen3-moe"]
+    configs = [run(model, mesh, train={"recompute": what}) for what in ("attention", "experts", "layer")
+               for mesh in ({"dp": 2, "ep": 2}, {"pp": 2, "dp": 2})]  # fmt: skip
+    check([*configs, run(model, {"copies": 2}), run(model, {"copies": 2, "cp": 2})], 4)
+
+
+def test_every_schedule_with_expert_and_data_parallelism():
+    model = FAMILIES["qwen3-moe"]
+    kinds = [{"pp": 2, "schedule": kind} for kind in KINDS]
+    configs = [run(model, {**mesh, "ep": 2}) for mesh in kinds]
+    check(configs + [run(model, {**mesh, "dp": 2}, train={"recompute": "layer"}) for mesh in kinds], 4)
+
+
+def one_rank(config, prepare=nothing):
+    return trace(reference_config(config, 2), Mesh(fit_axes(MeshConfig(), 1)), 3, prepare)
+
+
+def test_a_comparison_sees_a_small_fault():
+    config = run(FAMILIES["qwen3-moe"], {})
+    wanted = one_rank(config)
+    assert compare(wanted, wanted).largest == 0
+
+    def nudged(learner):
+        weight = dict(learner.named_parameters())["layers.2.experts.down"]
+        weight.data[3] *= 1.001
+
+    found = one_rank(config, nudged)
+    comparison = compare(found, wanted)
+    assert comparison.name == "layers.2.experts.down" and comparison.largest > TOLERANCE
+
+    broken = {n: w * float("nan") if "norm" in n else w for n, w in wanted.weights.items()}
+    assert not compare(Trace(wanted.results, broken), wanted).largest <= TOLERANCE
+
+
+def unsummed(learner):
+    """The exchange of balance loads is left out: each rank balances what it sees."""
+    for objective in learner.objectives.values():
+        objective.mesh = dataclasses.replace(objective.mesh, token_group=None, cp_group=None)
+
+
+def test_a_missing_sum_over_ranks_is_found():
+    balance = BalanceConfig(global_batch=0.1)
+    (found,) = verify([run(FAMILIES["qwen3-moe"], {"dp": 2}, balance=balance)], 2, prepare=unsummed)
+    assert found.largest > TOLERANCE
+
+
+def test_the_step_is_that_of_a_plain_loop():
+    """One process itself, against a loop that knows nothing of engines: torch's loss, clipping and AdamW."""
+    from pithtrain.layers.balance import expert_load, switch_loss
+
+    config = run(FAMILIES["qwen3-moe"], {}, balance=BalanceConfig(global_batch=0.05), train={"micro_batch_size": 8})
+    mesh = Mesh(fit_axes(MeshConfig(), 1))
+    learner, plain = Learner(config, mesh), Learner(config, mesh).parts[0]
+    decayed = [p for p in plain.parameters() if p.dim() > 1]
+    rest = [p for p in plain.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed}, {"params": rest, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        eps=1e-6,
+        weight_decay=0.1,
+        lr=2e-3,
+    )
+    for step in range(3):
+        (batch,) = read_microbatches(RandomBatches(300, 32, 8), step, 8, mesh)
+        result = learner.step([batch], 2e-3)
+        optimizer.zero_grad()
+        hidden, routing = plain(batch.inputs, batch.positions)
+        loss = torch.nn.functional.cross_entropy(plain.logits(hidden).flatten(0, 1), batch.targets.flatten())
+        balance = sum(0.05 * switch_loss(r.probs, expert_load(r.expert_ids, 8)) for r in routing)
+        (loss + balance).backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        assert result.loss == pytest.approx(loss.item(), rel=1e-5)
+        assert result.balance == pytest.approx(balance.item(), rel=1e-5)
+        assert result.grad_norm == pytest.approx(norm.item(), rel=1e-4)
+        assert torch.equal(result.load, torch.stack([expert_load(r.expert_ids, 8) for r in routing]))
+    for (name, ours), theirs in zip(learner.named_parameters(), plain.parameters(), strict=True):
+        assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-5, name
+
+
+def test_microbatches_of_all_ranks_are_the_batch():
+    batches = RandomBatches(300, 32, 16)
+    whole, _ = batches.read(batches.rows(2))
+    seen = torch.zeros_like(whole)
+    for rank in range(8):
+        mesh = Mesh(fit_axes(MeshConfig(cp=2, ep=2), 8), rank)
+        for number, micro in enumerate(read_microbatches(batches, 2, 2, mesh)):
+            first = number * 8 + mesh.batch_rank * 2
+            seen[first : first + 2, micro.positions] += micro.inputs
+    assert torch.equal(seen, whole)
+
+
+def test_what_cannot_be_verified_is_refused():
+    both = run(FAMILIES["qwen3-moe"], {"dp": 2}, balance=BalanceConfig(global_batch=0.1, micro_batch=0.1))
+    with pytest.raises(UserError, match=r"balance\.micro_batch"):
+        verify([both], 2)
+    with pytest.raises(UserError, match=r"mesh\.ep: 3 does not divide 2"):
+        verify([run(FAMILIES["qwen3-moe"], {"ep": 3})], 2)
+    assert not dist.is_initialized()
+
+
+TOML = """
+[model]
+vocab_size = 300
+layers = 2
+hidden = 32
+heads = 4
+head_dim = 8
+experts = 4
+expert_hidden = 16
+
+[train]
+sequence_length = 16
+batch_size = 4
+micro_batch_size = 4
+"""
+
+
+def test_the_command(tmp_path, capsys):
+    config = tmp_path / "small.toml"
+    config.write_text(TOML)
+    assert cli.main(["verify", str(config), "--mesh", "ep=2"]) == 0
+    out = capsys.readouterr().out
+    assert "PASS" in out and "weights" in out
+    assert cli.main(["verify", str(config), "--mesh", "ep=2", "--tolerance", "0"]) == 1
+    assert "FAIL" in capsys.readouterr().out
+    for mesh, said in (("ep=3", "mesh.ep: 3 does not divide model.experts, 4"), ("eq=2", "did you mean")):
+        assert cli.main(["verify", str(config), "--mesh", mesh]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_rows_do_not_depend_on_the_batch():
+    batches = RandomBatches(300, 8, 4)
+    rows = batches.rows(3)
+    assert all(b == a + 1 for a, b in pairwise(rows))
+    together, apart = batches.read(rows)[0], [batches.read(rows[i : i + 1])[0][0] for i in range(4)]
+    assert torch.equal(together, torch.stack(apart))
