@@ -121,8 +121,8 @@ class ClampedExperts(nn.Module):
 
         x = F.pad(tokens, (0, 0, 0, 1)).index_select(0, rows)
         pre = torch.where(absent, 0, torch.addmm(F.grouped_mm(x, gate_up.mT, offs=ends), chosen, gate_up_bias))
-        activated = clamped_swiglu(pre) * weights.flatten()[order].unsqueeze(1).to(tokens.dtype)
-        pairs = F.grouped_mm(torch.where(absent, 0, activated), down.mT, offs=ends)
+        pair_weights = torch.where(absent, 0, weights.flatten()[order].unsqueeze(1)).to(tokens.dtype)
+        pairs = F.grouped_mm(clamped_swiglu(pre) * pair_weights, down.mT, offs=ends)
 
         shares = weights.new_zeros(count, experts + 1).scatter_add(1, ids, weights)[:, :-1]
         output = torch.zeros(count + 1, tokens.shape[1], dtype=torch.float32, device=tokens.device)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pithtrain.layers.clamped_experts import ClampedExperts, clamped_swiglu
 
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def error(a, b):
@@ -95,6 +95,37 @@ def test_what_stands_where_a_pair_is_absent_does_not_matter():
     again.sum().backward()
     assert torch.equal(again, output)
     assert all(p.grad.isfinite().all() for p in layer.parameters()) and not holes.grad[ids == -1].any()
+
+
+class Poisoned(torch.autograd.Function):
+    """`grouped_mm` with NaN wherever its result is undefined."""
+
+    @staticmethod
+    def forward(ctx, x, matrices, offs):
+        ctx.save_for_backward(x, matrices, offs)
+        y = grouped_mm(x, matrices, offs=offs)
+        y[offs[-1] :] = torch.nan
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        *leaves, offs = ctx.saved_tensors
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        with torch.enable_grad():
+            grads = torch.autograd.grad(grouped_mm(*leaves, offs=offs), leaves, grad)
+        grads[0][offs[-1] :] = torch.nan
+        return *grads, None
+
+
+grouped_mm = F.grouped_mm
+
+
+def test_nothing_undefined_is_read(monkeypatch):
+    layer, tokens, ids, weights = make(30, 16, 5, 3, 8)
+    ids[torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.5] = -1
+    ids[4] = -1
+    monkeypatch.setattr(F, "grouped_mm", lambda x, matrices, offs: Poisoned.apply(x, matrices, offs))
+    compare(layer, tokens, ids, weights)
 
 
 def test_every_pair_absent_and_no_tokens():

@@ -182,10 +182,11 @@ def pair(size):
     return theirs, ours, mapping
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-3])  # keys of 1e-3 are not brought to length 1
 @pytest.mark.parametrize("name", SIZES)
-def test_layer_is_that_of_transformers(name):
+def test_layer_is_that_of_transformers(name, size):
     theirs, ours, mapping = pair(SIZES[name])
-    x = torch.randn(2, 70, SIZES[name][0], generator=torch.Generator().manual_seed(1))
+    x = size * torch.randn(2, 70, SIZES[name][0], generator=torch.Generator().manual_seed(1))
     expected, got = theirs(x), ours(x, Sequences(NOWHERE, NOWHERE))
     assert ((got - expected).abs().max() / expected.abs().max()).item() < 1e-5
     seed = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))

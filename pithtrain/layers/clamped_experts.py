@@ -17,7 +17,7 @@ def clamped_swiglu(pre: Tensor, limit: float = 7.0) -> Tensor:
     gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
-# %% ../../nbs/22a_clamped_experts.py #ClampedExperts@fcfc26ef
+# %% ../../nbs/22a_clamped_experts.py #ClampedExperts@440b93cf
 class ClampedExperts(nn.Module):
     """`experts` clamped SwiGLU MLPs with biases, of width `expert_hidden`, stacked. Source: arXiv 2508.10925.
 
@@ -53,8 +53,8 @@ class ClampedExperts(nn.Module):
 
         x = F.pad(tokens, (0, 0, 0, 1)).index_select(0, rows)
         pre = torch.where(absent, 0, torch.addmm(F.grouped_mm(x, gate_up.mT, offs=ends), chosen, gate_up_bias))
-        activated = clamped_swiglu(pre) * weights.flatten()[order].unsqueeze(1).to(tokens.dtype)
-        pairs = F.grouped_mm(torch.where(absent, 0, activated), down.mT, offs=ends)
+        pair_weights = torch.where(absent, 0, weights.flatten()[order].unsqueeze(1)).to(tokens.dtype)
+        pairs = F.grouped_mm(clamped_swiglu(pre) * pair_weights, down.mT, offs=ends)
 
         shares = weights.new_zeros(count, experts + 1).scatter_add(1, ids, weights)[:, :-1]
         output = torch.zeros(count + 1, tokens.shape[1], dtype=torch.float32, device=tokens.device)
