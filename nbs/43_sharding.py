@@ -74,6 +74,21 @@ def shard_decoder(part: Decoder, mesh: Mesh) -> None:
     sum_gradients(part)
 
 
+# %%
+#| export
+def sharded_modules(part: Decoder) -> list[FSDPModule]:
+    """Those of the part's modules that are gathered apart: none where nothing is sharded."""
+    return [module for module in part.modules() if isinstance(module, FSDPModule)]
+
+
+# %%
+#| export
+def drop_gathered(part: Decoder) -> None:
+    """Leave only this rank's shards, as after a backward."""
+    for module in sharded_modules(part):
+        module.reshard()
+
+
 # %% [markdown]
 # ## As a stage of a pipeline
 #
@@ -99,15 +114,11 @@ class ShardedStage(ModuleStage):
         self.part.set_requires_gradient_sync(False)
         self.part.set_is_last_backward(False)
 
-    def sharded(self) -> list[FSDPModule]:
-        return [module for module in self.part.modules() if isinstance(module, FSDPModule)]
-
     def unshard(self) -> Together:
-        return Together(handle for module in self.sharded() if (handle := module.unshard(async_op=True)))
+        return Together(handle for module in sharded_modules(self.part) if (handle := module.unshard(async_op=True)))
 
     def reshard(self) -> None:
-        for module in self.sharded():
-            module.reshard()
+        drop_gathered(self.part)
 
     def reduce(self) -> None:
         self.part.set_requires_gradient_sync(True)

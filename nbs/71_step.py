@@ -35,7 +35,14 @@ from pithtrain.parallel.pipeline.generate import generate
 from pithtrain.parallel.pipeline.lower import lower
 from pithtrain.parallel.pipeline.schedule import split_layers
 from pithtrain.parallel.ring import Ring, zigzag
-from pithtrain.parallel.sharding import ShardedStage, clip_gradients, in_global_order, shard_decoder, shard_layer
+from pithtrain.parallel.sharding import (
+    ShardedStage,
+    clip_gradients,
+    drop_gathered,
+    in_global_order,
+    shard_decoder,
+    shard_layer,
+)
 from pithtrain.train.batches import IGNORE, HeldOutBatches, TrainBatches
 from pithtrain.train.optimizer import make_optimizer
 
@@ -294,8 +301,8 @@ class Learner:
                 loss = self.forward(batch)
                 if loss is not None:
                     total += torch.tensor([loss.item(), (batch.targets != IGNORE).sum().item()])
-        for part in self.parts.values() if self.mesh.axes.pp > 1 else ():
-            part.reshard()
+        for part in self.parts.values():
+            drop_gathered(part)
         if self.mesh.world_size > 1:
             total = total.to(self.mesh.device)
             dist.all_reduce(total)

@@ -5,7 +5,7 @@
 # %% auto
 __all__ = ['Microbatch', 'read_microbatches', 'Attach', 'Objective', 'build_part', 'StepResult', 'Learner']
 
-# %% ../../nbs/71_step.py #imports@3743bc18
+# %% ../../nbs/71_step.py #imports@2afdcb9e
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -28,7 +28,14 @@ from ..parallel.pipeline.generate import generate
 from ..parallel.pipeline.lower import lower
 from ..parallel.pipeline.schedule import split_layers
 from ..parallel.ring import Ring, zigzag
-from ..parallel.sharding import ShardedStage, clip_gradients, in_global_order, shard_decoder, shard_layer
+from pithtrain.parallel.sharding import (
+    ShardedStage,
+    clip_gradients,
+    drop_gathered,
+    in_global_order,
+    shard_decoder,
+    shard_layer,
+)
 from .batches import IGNORE, HeldOutBatches, TrainBatches
 from .optimizer import make_optimizer
 
@@ -141,7 +148,7 @@ class StepResult(NamedTuple):
     load: Tensor  #: (L, E) int64 pairs that each expert got in the step
     entropy: Tensor  #: (L,) mean routing entropy, nats
 
-# %% ../../nbs/71_step.py #Learner@d14e8db9
+# %% ../../nbs/71_step.py #Learner@6b3f11eb
 class Learner:
     """What one rank trains: its parts of the model, their optimiser, and the engine that runs them.
 
@@ -245,8 +252,8 @@ class Learner:
                 loss = self.forward(batch)
                 if loss is not None:
                     total += torch.tensor([loss.item(), (batch.targets != IGNORE).sum().item()])
-        for part in self.parts.values() if self.mesh.axes.pp > 1 else ():
-            part.reshard()
+        for part in self.parts.values():
+            drop_gathered(part)
         if self.mesh.world_size > 1:
             total = total.to(self.mesh.device)
             dist.all_reduce(total)
