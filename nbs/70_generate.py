@@ -13,6 +13,8 @@
 
 # %%
 #| export
+from collections.abc import Callable, Iterator
+
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -46,12 +48,124 @@ axes[0].set_ylabel("share of 1000 draws")
 fig
 
 # %% [markdown]
-# The model sees at most `context` tokens, the length it was trained on; older ones slide out.
+# ## Reading nothing twice
+#
+# The next token depends on all tokens before, and what a layer computed of those does not change when one more
+# comes: no token sees the future. So each layer has a [cache](26_attention.py) of what later tokens need: keys and
+# values, or [latents](28_latent_attention.py), or [the memory of the delta rule](29_delta_rule.py). The prompt is
+# read at once; after it, a step reads a single token.
+#
+# A model was trained on positions below its `context`, and knows no others. When that many tokens stand behind the
+# next one, **the newest half of them is read anew** from position 0, and decoding goes on from there. Reading half a
+# context once in half a context of steps costs as much again as decoding; sliding by one token would mean reading
+# the whole context for each.
 
 
 # %%
 #| export
 @torch.no_grad()
+def decode(model: Decoder, tokens: list[int], context: int, choose: Callable[[Tensor], int]) -> Iterator[int]:
+    """The tokens that follow `tokens` (one at least), endlessly; `choose` takes one by its logits (V,), on the CPU.
+
+    No more than `context` tokens are seen at once: the last ones of `tokens`, and where the context is full, the
+    newest half of it.
+    """
+    device = next(model.parameters()).device
+    seen, unread = [], tokens[-context:]
+    caches = [layer.new_cache() for layer in model.layers.values()]
+    while True:
+        if len(seen) + len(unread) > context:
+            seen, unread = [], (seen + unread)[-max(1, context // 2) :]
+            caches = [layer.new_cache() for layer in model.layers.values()]
+        positions = torch.arange(len(seen), len(seen) + len(unread), device=device)
+        hidden, _ = model(torch.tensor([unread], device=device), positions, caches=caches)
+        token = choose(model.logits(hidden[0, -1]).cpu())
+        seen, unread = seen + unread, [token]
+        yield token
+
+
+# %% [markdown]
+# Each family's cache gives the tokens that reading everything again gives. Here the likeliest token of an untrained
+# model, again and again, with a context that fills up on the way (lines: where it was read anew):
+
+# %%
+from itertools import islice
+
+from pithtrain.config import DeepseekConfig, GptOssConfig, Qwen3_5MoeConfig, Qwen3MoeConfig
+from pithtrain.models.build import build
+from pithtrain.models.decoder import initialise
+
+context, shape = (
+    24,
+    {"hidden": 32, "experts": 4, "expert_hidden": 16, "vocab_size": 300, "init_std": 0.2, "tie_embeddings": False},
+)
+
+
+def greedy(logits):
+    return int(logits.argmax())
+
+
+def decode_reference(model, tokens, context):
+    """The same tokens, and every one of them read again for each step."""
+    tokens, first = list(tokens), 0
+    while True:
+        if len(tokens) - first > context:
+            first = len(tokens) - max(1, context // 2)
+        window = torch.tensor([tokens[first:]])
+        with torch.no_grad():
+            hidden, _ = model(window, torch.arange(window.shape[1]))
+        tokens.append(greedy(model.logits(hidden[0, -1])))
+        yield tokens[-1]
+
+
+for family in (Qwen3MoeConfig, DeepseekConfig, GptOssConfig, Qwen3_5MoeConfig):
+    model = build(family(**shape))
+    initialise(model, seed=0)
+    found = list(islice(decode(model, [5, 6, 7], context, greedy), 40))
+    assert found == list(islice(decode_reference(model, [5, 6, 7], context), 40))
+    parts = [found[:22], found[22:34], found[34:]]
+    print(f"{family.family:12}", " | ".join(" ".join(f"{token:3}" for token in part[:6]) + " ..." for part in parts))
+
+# %% [markdown]
+# What it saves: seconds for each further token, by how many stand before it.
+
+# %%
+import time
+
+model = build(Qwen3MoeConfig(layers=2, hidden=128, experts=8, expert_hidden=64, vocab_size=300))
+initialise(model, seed=0)
+fig, ax = plt.subplots(figsize=(6, 2.8))
+for tokens_of, label in (
+    (decode_reference(model, [5] * 8, 512), "everything read again"),
+    (decode(model, [5] * 8, 512, greedy), "with caches"),
+):
+    seconds = []
+    for _ in range(150):
+        start = time.perf_counter()
+        next(tokens_of)
+        seconds.append(time.perf_counter() - start)
+    smooth = [sorted(seconds[i : i + 25])[12] * 1e3 for i in range(0, 150, 25)]
+    ax.plot(range(20, 170, 25), smooth, "o-", label=label)
+ax.set(title="A step of decoding", xlabel="tokens before", ylabel="milliseconds, median of 25", ylim=(0, None))
+ax.legend()
+fig
+
+# %% [markdown]
+# ## Text
+#
+# In training a document follows an end-of-text token, so one stands before the prompt, unless the tokenizer itself
+# puts something in front of every text.
+
+
+# %%
+#| export
+def opening(tokenizer: Tokenizer) -> list[int]:
+    """The tokens that stand before any text."""
+    return tokenizer.encode("").ids or [tokenizer.token_to_id(END_OF_TEXT)]
+
+
+# %%
+#| export
 def generate(
     model: Decoder,
     tokenizer: Tokenizer,
@@ -62,19 +176,14 @@ def generate(
     top_k: int = 50,
     seed: int = 0,
 ) -> str:
-    """`prompt` followed by up to `tokens` drawn tokens; ends early at an end-of-text token."""
-    device = next(model.parameters()).device
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    generator = torch.Generator().manual_seed(seed)
-    ids = tokenizer.encode(prompt).ids
-    begin = [end, *ids]  # documents follow an end-of-text in training, so an empty prompt has a start too
+    """`prompt` followed by up to `tokens` drawn tokens; ends early at an end-of-text token. `context`: see `decode`."""
+    end, generator = tokenizer.token_to_id(END_OF_TEXT), torch.Generator().manual_seed(seed)
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     drawn: list[int] = []
-    while len(drawn) < tokens:
-        window = torch.tensor([(begin + drawn)[-context:]], device=device)
-        hidden, _ = model(window, torch.arange(window.shape[1], device=device))
-        token = pick(model.logits(hidden[0, -1]).cpu(), temperature, top_k, generator)
-        if token == end:
-            break
+    choices = decode(
+        model, opening(tokenizer) + ids, context, lambda logits: pick(logits, temperature, top_k, generator)
+    )
+    while len(drawn) < tokens and (token := next(choices)) != end:
         drawn.append(token)
     return tokenizer.decode(ids + drawn)
 
@@ -83,9 +192,6 @@ def generate(
 # An untrained model babbles, and the same seed babbles the same:
 
 # %%
-from pithtrain.config import Qwen3MoeConfig
-from pithtrain.models.build import build
-from pithtrain.models.decoder import initialise
 from pithtrain.train.tokenizer import train_tokenizer
 
 tokenizer = train_tokenizer(["def run(): return 1\n", "class Run: pass\n"] * 100, vocab_size=270)
@@ -100,4 +206,4 @@ print(repr(first))
 assert first == generate(model, tokenizer, "def ", tokens=12, context=64)
 
 # %% [markdown]
-# Next: the loop that makes it learn: the [trainer](71_trainer.py).
+# Next: the loop that makes it learn: the [training step](71_step.py).

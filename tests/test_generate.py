@@ -1,0 +1,105 @@
+"""Decoding with caches against reading everything again, for every family, within a context and beyond it."""
+
+from itertools import islice
+
+import families
+import pytest
+import test_deepseek
+import test_gpt_oss
+import test_qwen3_5_moe
+import test_qwen3_moe
+import torch
+
+from pithtrain.train.generate import decode, generate, opening, pick
+from pithtrain.train.tokenizer import END_OF_TEXT, train_tokenizer
+
+FAMILIES = {
+    "qwen3-moe": test_qwen3_moe.SHAPES["untied"][0],
+    "deepseek-v2-lite": test_deepseek.SHAPES["V2-Lite"][0],
+    "deepseek-v3": test_deepseek.SHAPES["V3"][0],
+    "gpt-oss": test_gpt_oss.BASE,
+    "qwen3.5-moe": test_qwen3_5_moe.BASE,
+}
+
+
+def recompute(model, tokens, context, choose):
+    """What `decode` promises, with no cache: everything seen is read again for each token."""
+    tokens, first = list(tokens), max(0, len(tokens) - context)
+    while True:
+        if len(tokens) - first > context:
+            first = len(tokens) - max(1, context // 2)
+        window = torch.tensor([tokens[first:]])
+        with torch.no_grad():
+            hidden, _ = model(window, torch.arange(window.shape[1]))
+        tokens.append(choose(model.logits(hidden[0, -1])))
+        yield tokens[-1]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("prompt, context", [(1, 40), (11, 40), (20, 12), (5, 7), (2, 2), (8, 8)])
+def test_decoding_is_full_recomputation_token_for_token(name, prompt, context):
+    model = families.random_model(FAMILIES[name])
+    tokens = families.text(FAMILIES[name], 1, prompt)[0][0].tolist()
+    seen = []
+
+    def greedy(logits):
+        seen.append(logits)
+        return int(logits.argmax())
+
+    found = list(islice(decode(model, tokens, context, greedy), 25))
+    cached, seen = seen, []
+    assert found == list(islice(recompute(model, tokens, context, greedy), 25))
+    assert len(set(found)) > 2, "a model that repeats itself shows nothing"
+    assert max(families.error(a, b) for a, b in zip(cached, seen, strict=True)) < 2e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_draws_are_those_of_full_recomputation(name):
+    model, draws = families.random_model(FAMILIES[name]), []
+    for way in (decode, recompute):
+        generator = torch.Generator().manual_seed(3)
+        tokens = way(model, [7, 9], 10, lambda logits, g=generator: pick(logits, 0.8, 20, g))
+        draws.append(list(islice(tokens, 25)))
+    assert draws[0] == draws[1]
+
+
+def test_a_context_of_one_token_sees_the_last_alone():
+    model = families.random_model(FAMILIES["deepseek-v3"])
+
+    def greedy(logits):
+        return int(logits.argmax())
+
+    found = list(islice(decode(model, [3, 4], 1, greedy), 5))
+    assert found == list(islice(recompute(model, [4], 1, greedy), 5))
+
+
+def test_each_token_is_read_once_while_the_context_has_room(monkeypatch):
+    model, read = families.random_model(FAMILIES["qwen3-moe"]), []
+    forward = type(model).forward
+
+    def counted(self, x, positions, **options):
+        read.append((x.shape[1], positions.tolist()))
+        return forward(self, x, positions, **options)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+    list(islice(decode(model, [1, 2, 3], 6, lambda logits: 5), 7))
+    assert [count for count, _ in read] == [3, 1, 1, 1, 3, 1, 1]
+    assert [positions[-1] for _, positions in read] == [2, 3, 4, 5, 2, 3, 4]
+
+
+def test_generate_ends_at_end_of_text_and_repeats_with_its_seed():
+    tokenizer = train_tokenizer(["def run(): return 1\n"] * 50, vocab_size=270)
+    model = families.random_model(test_qwen3_moe.shape(vocab_size=270, tie_embeddings=False))
+    one, two, other = (generate(model, tokenizer, "def ", 20, 64, seed=seed) for seed in (0, 0, 1))
+    assert one == two != other and one.startswith("def ")
+    assert opening(tokenizer) == [tokenizer.token_to_id(END_OF_TEXT)]
+    with torch.no_grad():
+        model.head.weight[:] = 0
+        model.norm.weight[:] = 0  # all logits are zero, so the likeliest is token 0: the end of text
+    assert generate(model, tokenizer, "def ", 20, 64, temperature=0) == "def "
+
+
+@pytest.mark.parametrize("temperature, top_k", [(0.0, 0), (1.0, 1)])
+def test_pick_takes_the_likeliest(temperature, top_k):
+    logits = torch.tensor([0.0, 3.0, 1.0])
+    assert pick(logits, temperature, top_k, torch.Generator()) == 1
