@@ -19,18 +19,19 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pithtrain.config import Config
-from pithtrain.models.build import build
-from pithtrain.models.decoder import Decoder, initialise
+from pithtrain.config import Config, MeshConfig
+from pithtrain.models.decoder import Decoder
+from pithtrain.parallel.mesh import Mesh, fit_axes
 from pithtrain.train.optimizer import make_optimizer
-from pithtrain.train.trainer import train_step
+from pithtrain.train.step import Learner, Microbatch
 
 # %% [markdown]
 # ## The same weights
@@ -95,6 +96,8 @@ def transformers_twin(model: Decoder, experts_implementation: str) -> nn.Module:
 
 # %%
 from pithtrain.config import Qwen3MoeConfig
+from pithtrain.models.build import build
+from pithtrain.models.decoder import initialise
 
 small = Qwen3MoeConfig(hidden=64, heads=4, head_dim=16, experts=8, expert_hidden=64, vocab_size=512, layers=2)
 model = build(small)
@@ -113,19 +116,32 @@ with torch.no_grad():
 
 # %%
 #| export
+def one_microbatch(config: Config) -> Learner:
+    """A learner, alone in fp32, that takes the batch of a step as one microbatch."""
+    train = replace(config.train, micro_batch_size=config.train.batch_size)
+    return Learner(replace(config, train=train), Mesh(fit_axes(MeshConfig(), 1)))
+
+
+# %%
+#| export
+def whole_batch(ids: Tensor) -> Microbatch:
+    """All sequences of a step, (B, S + 1) token ids, as one microbatch."""
+    return Microbatch(ids[:, :-1], ids[:, 1:].contiguous(), torch.arange(ids.shape[1] - 1))
+
+
+# %%
+#| export
 def step_profile(config: Config) -> dict[str, float]:
     """Shares of one training step's CPU time, by kind of work."""
     from torch.profiler import ProfilerActivity, profile
 
-    model = build(config.model)
-    initialise(model, config.run.seed)
-    optimizer = make_optimizer(model, config.optimizer)
+    learner = one_microbatch(config)
     shape = (config.train.batch_size, config.train.sequence_length + 1)
     ids = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     for _ in range(2):
         recorder = profile(activities=[ProfilerActivity.CPU])
         with recorder:
-            train_step(model, optimizer, ids[:, :-1], ids[:, 1:], config, 1e-3, torch.float32)
+            learner.step([whole_batch(ids)], 1e-3)
     kinds = {
         "aten::mm": "matrix products",
         "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
@@ -149,11 +165,11 @@ def step_profile(config: Config) -> dict[str, float]:
 
 # %%
 #| export
-def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Any, targets: Any, config: Config) -> float:
+def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, config: Config) -> float:
     """The step of a plain training loop over a transformers model; the loss."""
     optimizer.zero_grad(set_to_none=True)
-    logits = model(input_ids=inputs).logits
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    logits = model(input_ids=ids[:, :-1]).logits
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
     optimizer.step()
@@ -168,16 +184,15 @@ def bench_step(config: Config, rounds: int, peers: tuple[str, ...] = ("eager", "
     Every contender takes `rounds` timed steps, in turns, after two that warm up. The batch is one microbatch
     of random tokens, without balance losses. The result is ready for JSON.
     """
-    model = build(config.model)
-    initialise(model, config.run.seed)
+    learner = one_microbatch(config)
+    model = learner.parts[0]
     twins = {f"transformers, {name}": transformers_twin(model, name) for name in peers}
     rate = config.optimizer.learning_rate
-    steppers: dict[str, Callable[[Any, Any], float]] = {}
-    optimizer = make_optimizer(model, config.optimizer)
-    steppers["pithtrain"] = lambda x, y: train_step(model, optimizer, x, y, config, rate, torch.float32).loss
+    steppers: dict[str, Callable[[Tensor], float]] = {}
+    steppers["pithtrain"] = lambda ids: learner.step([whole_batch(ids)], rate).loss
     for name, twin in twins.items():
-        twin_optimizer = make_optimizer(twin, config.optimizer)
-        steppers[name] = lambda x, y, t=twin, o=twin_optimizer: plain_step(t, o, x, y, config)
+        twin_optimizer = make_optimizer(dict(twin.named_parameters()), config.optimizer)
+        steppers[name] = lambda ids, t=twin, o=twin_optimizer: plain_step(t, o, ids, config)
     shape = (config.train.batch_size, config.train.sequence_length + 1)
     generator = torch.Generator().manual_seed(0)
     seconds: dict[str, list[float]] = {name: [] for name in steppers}
@@ -186,7 +201,7 @@ def bench_step(config: Config, rounds: int, peers: tuple[str, ...] = ("eager", "
         ids = torch.randint(config.model.vocab_size, shape, generator=generator)
         for name, step in steppers.items():
             start = time.perf_counter()
-            losses[name].append(step(ids[:, :-1], ids[:, 1:].contiguous()))
+            losses[name].append(step(ids))
             if turn >= 2:
                 seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
