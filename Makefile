@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
+AGENT  := $(VENV)/mini/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train export check sync notebooks test test-notebooks lint bench clean
+.PHONY: help setup agent train export check sync notebooks test test-notebooks lint bench clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -17,7 +18,15 @@ $(READY): constraints.txt pyproject.toml
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
+# An agent for ate-bench, in an environment of its own.
+$(AGENT): tests/ate_bench/mini.txt $(READY)
+	$(PY) -m venv $(VENV)/mini
+	$(VENV)/mini/bin/python -m pip install -q --disable-pip-version-check --no-deps -r tests/ate_bench/mini.txt
+	@touch $(AGENT)
+
 setup: $(READY)  ## create .venv with the pinned packages
+
+agent: $(AGENT)  ## install mini-swe-agent, which the tests of ate-bench let work
 
 train: $(READY)  ## train a small MoE on the Python standard library's source text
 	$(VENV)/bin/pithtrain train configs/tiny.toml
@@ -41,7 +50,7 @@ test-notebooks: notebooks  ## run every notebook, as a script and under nbdev's 
 	@$(PY) -m pytest tests/notebooks -n 2
 	@OMP_NUM_THREADS=1 $(VENV)/bin/nbdev_test --path nbs --n_workers 2
 
-test: check lint  ## everything that needs no GPU
+test: check lint $(AGENT)  ## everything that needs no GPU
 	@$(PY) -m pytest tests --ignore=tests/notebooks -n 2
 	@$(MAKE) --no-print-directory test-notebooks
 

@@ -26,7 +26,7 @@ def call(command: list[str], folder: Path | None = None, data: bytes | None = No
         raise UserError(f"{' '.join(command[:4])}: {said[-1] if said else f'left with {done.returncode}'}")
     return done.stdout
 
-# %% ../nbs/ate_bench/22_workspace.py #copy_framework@8d8b13f5
+# %% ../nbs/ate_bench/22_workspace.py #copy_framework@163dad03
 def copy_framework(framework: Framework, target: Path) -> str:
     """Fill the new folder `target` with `framework`, less what it excludes; return the version copied."""
     target.mkdir(parents=True)
@@ -36,7 +36,7 @@ def copy_framework(framework: Framework, target: Path) -> str:
         version = framework.pip
     elif framework.commit:
         git = ["git", "-C", framework.checkout]
-        version = call([*git, "rev-parse", "--verify", f"{framework.commit}^{{commit}}"]).decode().strip()
+        version = call([*git, "rev-list", "--max-count=1", framework.commit, "--"]).decode().strip()
         call(["tar", "-x", "-C", str(target)], data=call([*git, "archive", version]))
     else:
         git = ["git", "-C", framework.checkout]

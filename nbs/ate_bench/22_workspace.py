@@ -64,7 +64,7 @@ def copy_framework(framework: Framework, target: Path) -> str:
         version = framework.pip
     elif framework.commit:
         git = ["git", "-C", framework.checkout]
-        version = call([*git, "rev-parse", "--verify", f"{framework.commit}^{{commit}}"]).decode().strip()
+        version = call([*git, "rev-list", "--max-count=1", framework.commit, "--"]).decode().strip()
         call(["tar", "-x", "-C", str(target)], data=call([*git, "archive", version]))
     else:
         git = ["git", "-C", framework.checkout]

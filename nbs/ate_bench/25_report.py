@@ -97,12 +97,12 @@ print(len(attempts), attempts[0])
 # %%
 #| export
 def spread(values: list[float]) -> str:
-    """Median and, for more than one value, range: `12 (9-20)`."""
+    """Median and, where the values differ, their range: `12 (9–20)`."""
     if not values:
         return "-"
-    low, middle, high = (f"{value:,.4g}" if value < 1000 else f"{value:,.0f}" for value in
-                         (min(values), statistics.median(values), max(values)))  # fmt: skip
-    return middle if len(values) == 1 else f"{middle} ({low}–{high})"
+    three = (min(values), statistics.median(values), max(values))
+    low, middle, high = (f"{value:,.4g}" if value < 1000 else f"{value:,.0f}" for value in three)
+    return middle if low == high else f"{middle} ({low}–{high})"
 
 
 # %%
@@ -154,14 +154,13 @@ def draw_suite(attempts: list[dict[str, Any]], suite: str) -> Any:
     from matplotlib.figure import Figure
 
     own = [attempt for attempt in attempts if attempt["suite"] == suite]
-    labels = sorted({(a["task"], a["framework"], a["agent"], a["model"] or "") for a in own})
-    frameworks = sorted({a["framework"] for a in own})
+    named = [tuple(attempt[key] or "" for key in ("task", "framework", "agent", "model")) for attempt in own]
+    labels, frameworks = sorted(set(named)), sorted({name[1] for name in named})
     figure = Figure(figsize=(15, 1.2 + 0.36 * len(labels)), layout="constrained")
     for panel, (axes, name) in enumerate(zip(figure.subplots(1, len(METRICS), sharey=True), METRICS, strict=True)):
         for row, label in enumerate(labels):
-            group = [a for a in own if (a["task"], a["framework"], a["agent"], a["model"] or "") == label]
             colour = f"C{frameworks.index(label[1])}"
-            known = [a for a in group if a[name] is not None]
+            known = [a for a, own_label in zip(own, named, strict=True) if own_label == label and a[name] is not None]
             for attempt in known:
                 face = colour if attempt["verdict"] == "PASS" else "none"
                 axes.scatter(attempt[name], row, s=26, facecolors=face, edgecolors=colour)

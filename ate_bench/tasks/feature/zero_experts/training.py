@@ -1,0 +1,33 @@
+"""Runs the training of `ate_feature.py` and reads its loss: python training.py REPO OUT."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+STEPS, FALL = 40, 0.8
+
+
+def main() -> None:
+    repo, folder = Path(sys.argv[1]), Path(sys.argv[2]) / "check"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "loss.jsonl").unlink(missing_ok=True)
+    done = subprocess.run([sys.executable, "ate_feature.py", folder], cwd=repo, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no error"])[-1]
+        return print(f"FAIL ate_feature.py left with {done.returncode}: {last}")
+    try:
+        losses = [float(json.loads(line)["loss"]) for line in (folder / "loss.jsonl").read_text().splitlines()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return print(f"FAIL loss.jsonl: {type(error).__name__}: {error}")
+    if len(losses) < STEPS:
+        return print(f"FAIL {len(losses)} steps, expected {STEPS}")
+    if not all(map(math.isfinite, losses)):
+        return print("FAIL the loss is not finite")
+    first, last = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
+    word = "PASS" if last < FALL * first else "FAIL"
+    print(f"{word} the loss went from {first:.3f} to {last:.3f} in {len(losses)} steps")
+
+
+main()

@@ -1,0 +1,369 @@
+"""Workspaces, the sandbox, attempts that end in every way, and the commands around them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ate_bench.attempt import Plan, claim, run_attempt
+from ate_bench.cli import main
+from ate_bench.report import read_attempts, write_report
+from ate_bench.task import Agent, Framework, load_agent, load_framework, load_task
+from ate_bench.workspace import confine, copy_framework, environment, make_workspace
+from pithtrain.config import UserError
+
+HERE = Path(__file__).parent
+BWRAP = shutil.which("bwrap") is not None
+needs_bwrap = pytest.mark.skipif(not BWRAP, reason="bubblewrap is not installed")
+
+REPLY = {"type": "assistant", "message": {"id": "m", "usage": {"input_tokens": 70, "output_tokens": 9}}}
+REPLY["message"]["content"] = [{"type": "text", "text": "Verdict: present"}]
+ECHO = f"echo '{json.dumps(REPLY)}'; "
+RULES = 'title = "T"\n[[rule]]\nid = "stance"\nkind = "stance"\nper = { toy = "present" }\n'
+
+
+def git(folder: Path, *arguments: str) -> None:
+    who = ["-c", "user.name=t", "-c", "user.email=t@t"]
+    subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Framework:
+    """A framework of three files: one committed, one new, one ignored."""
+    folder = tmp_path / "toy"
+    (folder / "answers").mkdir(parents=True)
+    (folder / "engine.py").write_text("def run():\n    return 1\n")
+    (folder / "answers" / "key.txt").write_text("42")
+    (folder / ".gitignore").write_text("*.log\n")
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "First")
+    (folder / "new.py").write_text("x = 1\n")
+    (folder / "old.log").write_text("")
+    return Framework("toy", checkout=str(folder), exclude=["answers"], logs=["*.log"])
+
+
+@pytest.fixture
+def task(tmp_path: Path):
+    folder = tmp_path / "tasks" / "qa" / "thing"
+    folder.mkdir(parents=True)
+    (folder / "instruction.md").write_text("Look at {repo}, write to {out}. Braces like {this} stay.")
+    (folder / "cpu.md").write_text("On the CPU.")
+    (folder / "rules.toml").write_text(RULES)
+    return load_task(str(folder))
+
+
+def shell(script: str, **options: object) -> Agent:
+    return Agent("shell", ["bash", "-c", script], "claude", **options)
+
+
+def attempt(plan: Plan, tmp_path: Path) -> tuple[Path, dict]:
+    folder = run_attempt(plan, tmp_path / "results")
+    return folder, json.loads((folder / "attempt.json").read_text())
+
+
+def test_a_copy_has_what_git_would_take_and_not_the_answers(toy: Framework, tmp_path: Path):
+    version = copy_framework(toy, tmp_path / "copy")
+    names = {path.name for path in (tmp_path / "copy").iterdir()}
+    assert names == {"engine.py", "new.py", ".gitignore"} and not version.endswith("-dirty")
+    (Path(toy.checkout) / "engine.py").write_text("def run():\n    return 2\n")
+    assert copy_framework(toy, tmp_path / "dirty").endswith("-dirty")
+    copy_framework(replace(toy, commit="HEAD"), tmp_path / "commit")
+    assert (tmp_path / "commit" / "engine.py").read_text().endswith("1\n")
+    assert not (tmp_path / "commit" / "new.py").exists() and not (tmp_path / "commit" / "answers").exists()
+    with pytest.raises(UserError, match="nowhere"):
+        copy_framework(replace(toy, commit="nowhere"), tmp_path / "none")
+
+
+def test_a_diff_sees_everything_the_agent_did(toy: Framework, tmp_path: Path, task):
+    script = (
+        "echo 'y = 2' > added.py; rm new.py; echo '# more' >> engine.py; printf '\\0\\1' > b.bin;"
+        "git add -A; git -c user.name=a -c user.email=a@a commit -qm hidden; rm -rf .git; echo x > run.log"
+    )
+    folder, facts = attempt(Plan(toy, task, shell(ECHO + script), sandbox=BWRAP), tmp_path)
+    patch = (folder / "changes.patch").read_text(errors="replace")
+    assert facts["status"] == "finished" and facts["verdict"] == "PASS"
+    for line in ("+y = 2", "deleted file mode", "+# more", "GIT binary patch"):
+        assert line in patch
+    assert "run.log" not in patch
+
+
+def test_the_instruction_is_filled_in_and_given_either_way(toy: Framework, tmp_path: Path, task):
+    wants = 'case "$text" in *"{repo}"*|*"{out}"*) exit 3;; *"Braces like {this} stay."*"On the CPU."*) exit 0;; esac'
+    wants += "; exit 4"
+    for agent in (
+        shell('text="$(cat)"; ' + wants, stdin=True),
+        Agent("a", ["bash", "-c", f'text="$0"; {wants}', "{instruction}"], "claude"),
+    ):
+        _, facts = attempt(Plan(toy, task, agent, sandbox=False), tmp_path)
+        assert facts["status"] == "finished", facts
+
+
+ESCAPES = """
+for place in {outside} /usr/lib /etc $HOME/../../.. {checkout} {root}; do touch $place/ate_escaped 2>/dev/null; done
+cat {secret} > $ATE_OUT/stolen 2>/dev/null
+ls {checkout} > $ATE_OUT/listed 2>/dev/null
+ps aux > $ATE_OUT/processes 2>/dev/null
+touch inside $ATE_OUT/inside ~/inside $TMPDIR/inside && echo fine > $ATE_OUT/fine
+"""
+
+
+@needs_bwrap
+def test_a_confined_agent_writes_and_reads_nothing_outside(toy: Framework, tmp_path: Path, task):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret").write_text("of the user")
+    root = Path("/tmp")
+    script = ESCAPES.format(outside=outside, secret=outside / "secret", checkout=toy.checkout, root=root)
+    folder, facts = attempt(Plan(toy, task, shell(ECHO + script), sandbox=True), tmp_path)
+    assert facts["sandbox"] is True and facts["status"] == "finished", facts
+    assert (folder / "out" / "fine").read_text() == "fine\n"
+    assert (folder / "out" / "stolen").read_text() == (folder / "out" / "listed").read_text() == ""
+    for place in (outside, Path("/usr/lib"), Path("/etc"), Path(toy.checkout), root, Path.home(), Path("/")):
+        assert not (place / "ate_escaped").exists(), place
+    # The sandbox is what stopped it: the same script does all of that without one.
+    folder, facts = attempt(
+        Plan(toy, task, shell(ECHO + script.replace("/usr/lib /etc $HOME/../../..", "")), sandbox=False), tmp_path
+    )
+    assert (folder / "out" / "stolen").read_text() == "of the user"
+    for place in (outside, Path(toy.checkout), root):
+        (place / "ate_escaped").unlink()
+
+
+@needs_bwrap
+def test_a_read_only_suite_cannot_edit_and_a_check_has_no_network(toy: Framework, tmp_path: Path, task):
+    script = "touch edited || echo no > $ATE_OUT/refused; touch $ATE_OUT/answer"
+    folder, facts = attempt(Plan(toy, replace(task, read_only=True), shell(ECHO + script)), tmp_path)
+    assert (folder / "out" / "refused").exists() and (folder / "out" / "answer").exists()
+    assert facts["rules"][0] == {"rule": "read-only", "outcome": "PASS", "reason": "the framework is as it was"}
+    workspace, _ = make_workspace(toy)
+    listing = "import socket; s = socket.create_server(('127.0.0.1', 0)); print([n for _, n in socket.if_nameindex()])"
+    command = confine(
+        [sys.executable, "-c", listing], workspace, {Path(sys.prefix), Path(sys.base_prefix)}, True, network=False
+    )
+    done = subprocess.run(command, env=environment(workspace, toy, [], {}), capture_output=True, text=True)
+    shutil.rmtree(workspace.root)
+    assert done.stdout.strip() == "['lo']", done.stderr
+
+
+def test_without_a_sandbox_an_edit_in_a_read_only_suite_fails(toy: Framework, tmp_path: Path, task):
+    plan = Plan(toy, replace(task, read_only=True), shell(ECHO + "touch edited"), sandbox=False)
+    _, facts = attempt(plan, tmp_path)
+    assert facts["verdict"] == "FAIL" and facts["rules"][0]["reason"] == "the framework was changed"
+
+
+def test_secrets_reach_only_who_names_them_and_no_record(toy: Framework, tmp_path: Path, task, monkeypatch):
+    monkeypatch.setenv("TOY_API_KEY", "key-0123456789")
+    monkeypatch.setenv("OTHER_TOKEN", "token-0123456789")
+    script = 'env > $ATE_OUT/env; env; env >&2; echo "x=\\"$TOY_API_KEY\\"" > leak.py; echo token-0123456789 >> leak.py'
+    agent = shell(ECHO + script + "; grep -q key-0123456789 leak.py", environment=["TOY_API_KEY"])
+    folder, facts = attempt(Plan(toy, task, agent, sandbox=BWRAP), tmp_path)
+    assert facts["status"] == "finished"  # it had the key that it named
+    assert "OTHER_TOKEN" not in (folder / "out" / "env").read_text()
+    assert "TOY_API_KEY=[TOY_API_KEY]" in (folder / "out" / "env").read_text()
+    assert "+[OTHER_TOKEN]" in (folder / "changes.patch").read_text()
+    for path in folder.rglob("*"):
+        assert not path.is_file() or b"0123456789" not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize(
+    ("script", "minutes", "status"),
+    [("exit 3", 1, "failed"), ("sleep 100", 0.02, "timeout"), ("(sleep 100; echo late) & exit 0", 1, "finished")],
+)
+def test_every_end_is_recorded(script: str, minutes: float, status: str, toy: Framework, tmp_path: Path, task):
+    plan = Plan(toy, replace(task, minutes=minutes), shell(ECHO + "echo 1 > kept.py; " + script), sandbox=BWRAP)
+    folder, facts = attempt(plan, tmp_path)
+    assert facts["status"] == status and facts["ended"] - facts["started"] < 30
+    assert facts["metrics"]["turns"] == 1 and facts["metrics"]["output_tokens"] == 9
+    assert "+1" in (folder / "changes.patch").read_text()
+
+
+def test_an_attempt_that_dies_is_recorded(toy: Framework, tmp_path: Path, task, monkeypatch):
+    (task.folder / "prepare").mkdir()
+    (task.folder / "prepare" / "toy.sh").write_text("echo half > half.py; echo broken; exit 5\n")
+    _, facts = attempt(Plan(toy, task, shell(ECHO), sandbox=BWRAP), tmp_path)
+    assert facts["status"] == "died" and "left with 5: broken" in facts["error"]
+    (task.folder / "prepare" / "toy.sh").write_text("echo 1 > prepared.py\n")
+    folder, facts = attempt(Plan(toy, task, shell(ECHO + "cat prepared.py"), sandbox=BWRAP), tmp_path)
+    assert facts["status"] == "finished" and "prepared" not in (folder / "changes.patch").read_text()
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ate_bench.attempt.verdicts", interrupted)
+    before = set(Path(os.environ.get("TMPDIR", "/tmp")).glob("ate-*"))
+    with pytest.raises(KeyboardInterrupt):
+        run_attempt(Plan(toy, task, shell(ECHO + "echo 1 > kept.py"), sandbox=BWRAP), tmp_path / "results")
+    folder = sorted((tmp_path / "results").rglob("attempt.json"))[-1].parent
+    assert json.loads((folder / "attempt.json").read_text())["status"] == "died"
+    assert "+1" in (folder / "changes.patch").read_text() and (folder / "session.jsonl").read_text()
+    assert set(Path(os.environ.get("TMPDIR", "/tmp")).glob("ate-*")) <= before  # cleaned up all the same
+
+
+def test_a_finished_attempt_is_never_overwritten(toy: Framework, tmp_path: Path, task):
+    plan = Plan(toy, task, shell(ECHO), sandbox=False)
+    first, _ = attempt(plan, tmp_path)
+    before = {path.name: path.read_bytes() for path in first.iterdir() if path.is_file()}
+    second, _ = attempt(plan, tmp_path)
+    assert (first.name, second.name) == ("001", "002")
+    assert {path.name: path.read_bytes() for path in first.iterdir() if path.is_file()} == before
+    (tmp_path / "results" / "x").mkdir()
+    (tmp_path / "results" / "x" / "007").mkdir()
+    assert claim(tmp_path / "results" / "x").name == "008"
+
+
+def test_artefacts_are_kept_but_no_links_and_nothing_huge(toy: Framework, tmp_path: Path, task, monkeypatch):
+    monkeypatch.setattr("ate_bench.attempt.LARGEST", 100)
+    script = "cd $ATE_OUT; mkdir a; echo 1 > a/small; head -c 200 /dev/zero > big; ln -s /etc/passwd link"
+    folder, facts = attempt(Plan(toy, task, shell(ECHO + script), sandbox=BWRAP), tmp_path)
+    assert [str(p.relative_to(folder / "out")) for p in (folder / "out").rglob("*") if p.is_file()] == ["a/small"]
+    assert facts["artefacts_left_out"] == ["big", "link"]
+
+
+def test_replay_gives_the_same_verdict_and_metrics(toy: Framework, tmp_path: Path, task, capsys):
+    script = "echo 'y = 2' > added.py; printf '\\0' > b.bin; echo 'Verdict: present' > $ATE_OUT/answer.md"
+    first, facts = attempt(Plan(toy, task, shell(ECHO + script), sandbox=BWRAP), tmp_path)
+    (tmp_path / "toy.toml").write_text(f'name = "toy"\ncheckout = "{toy.checkout}"\nexclude = ["answers"]\n')
+    command = ["run", "--framework", str(tmp_path / "toy.toml"), "--task", str(task.folder), "--agent", "replay"]
+    results = tmp_path / "again"
+    assert main([*command, "--recorded", str(first), "--results", str(results), "--attempts", "2"]) == 0
+    again = [json.loads(path.read_text()) for path in sorted(results.rglob("attempt.json"))]
+    assert len(again) == 2
+    for other in again:
+        assert other["metrics"] == facts["metrics"] and other["rules"] == facts["rules"]
+    for path in results.rglob("changes.patch"):
+        assert path.read_bytes() == (first / "changes.patch").read_bytes()
+    assert main([*command, "--recorded", str(tmp_path), "--results", str(results)]) == 2
+    assert main([*command, "--results", str(results)]) == 2
+    assert "give both or neither" in capsys.readouterr().err
+
+
+def test_a_checker_must_say_pass(toy: Framework, tmp_path: Path, task):
+    def verdict(body: str) -> dict:
+        (task.folder / "check.py").write_text(body)
+        rules = 'title = "T"\n[[rule]]\nid = "check"\nkind = "command"\n'
+        rules += 'command = ["{python}", "{task}/check.py", "{repo}", "{out}"]\n'
+        (task.folder / "rules.toml").write_text(rules)
+        _, facts = attempt(Plan(toy, load_task(str(task.folder)), shell(ECHO), sandbox=BWRAP), tmp_path)
+        return facts["rules"][0]
+
+    assert verdict("import engine, sys; print('PASS', engine.run(), sys.argv[1].endswith('repo'))")["outcome"] == "PASS"
+    assert verdict("print('PASS'); print('FAIL no')")["reason"] == "FAIL no"
+    assert verdict("import os; os._exit(0)")["outcome"] == "FAIL"
+    assert "left with 1: ValueError: x" in verdict("raise ValueError('x')")["reason"]
+
+
+def test_a_judge_is_asked_one_rule_at_a_time_and_may_not_edit(toy: Framework, tmp_path: Path, task):
+    judging = '[[rule]]\nid = "{0}"\nkind = "judge"\nquestion = "Is {0} right?"\nper = {{ toy = "truth of {0}" }}\n'
+    (task.folder / "rules.toml").write_text(RULES + judging.format("one") + judging.format("two"))
+    said = {"type": "result", "result": "Both.\nFAIL: two is wrong"}
+    yes = json.dumps({**said, "result": "PASS: yes"})
+    script = f"touch edited; case \"$0\" in *'Is one right?'*'truth of one'*) echo '{yes}';; "
+    script += f"*'Is two right?'*) grep -q '+1' $ATE_OUT/changes.patch && echo '{json.dumps(said)}';; esac"
+    judge = Agent("judge", ["bash", "-c", script, "{instruction}"], "claude")
+    plan = Plan(toy, load_task(str(task.folder)), shell(ECHO + "echo 1 > a.py"), sandbox=BWRAP, judge=judge)
+    folder, facts = attempt(plan, tmp_path)
+    assert [rule["outcome"] for rule in facts["rules"]] == ["PASS", "PASS", "FAIL"]
+    assert facts["verdict"] == "FAIL" and facts["rules"][2]["reason"] == "two is wrong"
+    assert (folder / "judge-one.jsonl").exists() and "edited" not in (folder / "changes.patch").read_text()
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ("title = 3.", "rules.toml"),
+        ('[[rule]]\nid = "a"\nkind = "cites"', "title is missing"),
+        ('title = "T"\nminuts = 3', "unknown key 'minuts'"),
+        ('title = "T"\n[[rule]]\nid = "a"\nkind = "cite"', "kind 'cite' is not one of"),
+        ('title = "T"\n[[rule]]\nid = "a"\nkind = "cites"\nlest = 3', "rule a: unknown key 'lest'"),
+    ],
+)
+def test_mistakes_in_a_task_say_where(rules: str, message: str, task):
+    (task.folder / "rules.toml").write_text(rules)
+    with pytest.raises(UserError, match=message):
+        load_task(str(task.folder))
+
+
+def test_mistakes_on_the_command_line_start_nothing(tmp_path: Path, capsys):
+    run = ["run", "--results", str(tmp_path / "r"), "--agent", "claude", "--task", "qa/rotary_positions"]
+    for options, message in (
+        ([*run, "--framework", "jaxtrain"], "jaxtrain: not among the frameworks"),
+        ([*run, "--framework", "pithtrain", "--task", "qa/none"], "qa/none: no such task"),
+        ([*run, "--framework", "torchtitan", "--commit", "abc"], "a package has no commit abc"),
+        ([*run, "--framework", str(tmp_path / "none.toml")], "none.toml: cannot be read"),
+        ([*run, "--framework", "pithtrain", "--agent", "gpt"], "gpt: not among the agents"),
+        (["report", str(tmp_path)], "no attempts below it"),
+    ):
+        assert main(options) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_an_agent_that_is_not_installed_is_named(tmp_path: Path, capsys):
+    (tmp_path / "a.toml").write_text('name = "a"\ncommand = ["no-such-agent"]\nformat = "claude"\n')
+    run = ["run", "--framework", "pithtrain", "--task", "qa/rotary_positions", "--results", str(tmp_path / "r")]
+    assert main([*run, "--agent", str(tmp_path / "a.toml")]) == 2
+    assert "no-such-agent: not found" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("name", ["claude", "codex", "mini"])
+def test_the_agents_files_make_command_lines(name: str, tmp_path: Path):
+    command = load_agent(name).arguments("some-model", True, "Do {model} it", tmp_path)
+    assert any("some-model" in part for part in command)
+    assert load_agent(name).stdin or "Do {model} it" in command
+    assert not any(word in part for part in command for word in ("{home}", "{instruction}"))
+
+
+def test_the_report_shows_every_attempt(toy: Framework, tmp_path: Path, task):
+    for script in ("true", "exit 3", "echo '<b>' > $ATE_OUT/answer.md"):
+        attempt(Plan(toy, task, shell(ECHO + script), sandbox=False), tmp_path)
+    results = tmp_path / "results"
+    killed = claim(results / "toy" / "qa" / "thing" / "cpu" / "shell")
+    (killed / "attempt.json").write_text(
+        '{"framework": "toy", "suite": "qa", "task": "thing", "variant": "cpu", "status": "running"}'
+    )
+    broken = claim(results / "toy" / "qa" / "thing" / "cpu" / "shell")
+    (broken / "attempt.json").write_text('{"framework": ')
+    attempts = read_attempts(results)
+    assert [a["status"] for a in attempts] == ["finished", "failed", "finished", "running", "unreadable"]
+    files = {path.name: path for path in write_report(results, tmp_path / "report")}
+    assert set(files) == {"report.md", "attempts.csv", "report.html", "qa.png"}
+    markdown = files["report.md"].read_text()
+    assert "| qa/thing (cpu) | toy | shell | 2 of 3 |" in markdown
+    assert "| 1 | 70 | 9 |" in markdown and "without a sandbox" in markdown
+    assert len(files["attempts.csv"].read_text().splitlines()) == 6
+    page = files["report.html"].read_text()
+    assert "<b>" not in page and "&lt;b&gt;" in page
+    assert "data:image/png;base64," in page and "http" not in page  # nothing is fetched
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("before", "after", "reason"),
+    [
+        ("", "", "PASS 4 cases"),
+        ("if previous is not None:", "if False:", "FAIL logits is off by"),
+        ("(a[:, :1] * tokens + a", "(tokens + a", "FAIL output is off by"),
+        ("eta[: self.ffn] = 1.0", "pass", "FAIL balance loss is off by"),
+        ("chosen.mean(0) * probs.mean(0)", "chosen.mean(0) * probs.mean(0).detach()", "FAIL gradient of"),
+    ],
+)
+def test_the_equations_pass_the_reference_and_no_other(before: str, after: str, reason: str, tmp_path: Path):
+    code = (HERE / "solutions" / "zero_experts.py").read_text()
+    assert before in code
+    (tmp_path / "ate_feature.py").write_text(code.replace(before, after) if before else code)
+    checker = load_task("feature/zero_experts").folder / "equations.py"
+    done = subprocess.run([sys.executable, str(checker), str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout.strip().splitlines()[-1].startswith(reason), done.stdout + done.stderr
+
+
+def test_frameworks_are_pinned():
+    for name in ("torchtitan", "megatron-core"):
+        assert "==" in load_framework(name).pip
+    assert (Path(load_framework("pithtrain").checkout) / "pyproject.toml").exists()
