@@ -32,33 +32,67 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pithtrain.config import UserError
+from pithtrain.kernels.dispatch import gather_sum, plan_rows
 from pithtrain.layers.router import Routed
 from pithtrain.models.stages import Arrived
 
 # %% [markdown]
-# ## Which row goes where
+# ## A token's journey
 #
-# Rows are sent in the order of their destination, and of the token within it. `slots[t, r]` is the row in
-# which token t goes to rank r, or -1 where it does not go. With a table of visits, that is a running count.
-
-
-# %%
-#| export
-def plan_rows(expert_ids: Tensor, experts_per_rank: int, ranks: int) -> tuple[Tensor, Tensor]:
-    """Row of each visit, (T, ranks) int64 with -1 for none, and rows for each rank, (ranks,) int64."""
-    visits = torch.zeros(len(expert_ids), ranks, dtype=torch.bool, device=expert_ids.device)
-    visits.scatter_(1, expert_ids // experts_per_rank, True)
-    by_rank = visits.t().flatten()
-    slots = (by_rank.cumsum(0) - 1).masked_fill(~by_rank, -1)
-    return slots.view(ranks, -1).t(), visits.sum(dim=0)
-
+# Two ranks with three tokens and two experts each; every token visits two experts.
+# [Which row goes where](16_dispatch_kernel.py) is computed for each rank by `plan_rows`, and the picture is drawn
+# from what it says.
 
 # %%
-expert_ids = torch.tensor([[0, 1, 7], [4, 5, 6], [2, 3, 4]])  # three tokens, three experts each
-slots, counts = plan_rows(expert_ids, experts_per_rank=4, ranks=2)
-print("row of each token's visit to rank 0 and rank 1:", slots.tolist(), "rows for each rank:", counts.tolist())
+import matplotlib.pyplot as plt
+
+chosen = [torch.tensor([[0, 1], [1, 2], [2, 3]]), torch.tensor([[3, 1], [3, 2], [0, 1]])]  # experts of ranks' tokens
+plans = [plan_rows(ids, experts_per_rank=2, ranks=2) for ids in chosen]
+sent = [list(zip(plan.rows.tolist(), plan.local_ids.tolist(), strict=True)) for plan in plans]
+pieces = [[rows[: plan.counts[0]], rows[plan.counts[0] :]] for rows, plan in zip(sent, plans, strict=True)]
+there = [[(source, *row) for source in range(2) for row in pieces[source][rank]] for rank in range(2)]
+
+fig, ax = plt.subplots(figsize=(9, 4.6))
+TOP = [0, 6.5]  # where a rank's part begins
+
+
+def box(x, y, text, token, tall=0.72):
+    ax.add_patch(plt.Rectangle((x - 0.26, y - tall / 2), 0.52, tall, color=f"C{token}", alpha=0.35))
+    ax.text(x, y, text, ha="center", va="center", fontsize=8)
+
+
+def line(x, y, to, token):
+    ax.plot([x + 0.26, x + 0.74], [y, to], color=f"C{token}", lw=1.2)
+
+
+for rank in range(2):
+    ax.axhspan(TOP[rank] - 0.8, TOP[rank] + 4.8, color="0.95")
+    for t in range(3):
+        token, y = 3 * rank + t, TOP[rank] + 2 * t
+        box(0, y, f"token {token}\n" + " ".join(f"e{e}" for e in chosen[rank][t]), token, tall=1.2)
+        box(4, y, f"token {token}", token)
+    for row, (t, _) in enumerate(sent[rank]):
+        token, y, to = 3 * rank + t, TOP[rank] + row, int(row >= plans[rank].counts[0])
+        box(1, y, f"row {row}", token)
+        box(3, y, f"row {row}", token)
+        line(0, TOP[rank] + 2 * t, y, token)
+        line(3, y, TOP[rank] + 2 * t, token)
+        place = TOP[to] + [(source, at) for source, at, _ in there[to]].index((rank, t))
+        line(1, y, place, token)
+        line(2, place, y, token)
+    for y, (source, t, ids) in enumerate(there[rank]):
+        box(2, TOP[rank] + y, " + ".join(f"e{2 * rank + e}" for e in ids if e >= 0), 3 * source + t)
+names = ["tokens", "rows sent", "at their experts", "rows home", "added up"]
+ax.set(title="Dispatch and combine on two ranks", xlabel="what becomes of six tokens, from left to right")
+ax.set(xticks=range(5), xticklabels=names, yticks=[TOP[0] + 2, TOP[1] + 2], yticklabels=["rank 0", "rank 1"])
+ax.invert_yaxis()
+fig
 
 # %% [markdown]
+# A colour is a token. Token 0 visits two experts of rank 0 and is one row, in which `e0 + e1` are added up before it
+# returns. Token 1 visits one expert on each rank, is two rows, and is added up at home. Rows leave in the order of
+# their rank, and rows from rank 0 arrive before those from rank 1: no sorting at either end.
+#
 # ## Measured against the closed form
 #
 # Random routing of 4,096 tokens to 128 experts, counted by `plan_rows` itself: what leaves the rank, in
@@ -67,12 +101,10 @@ print("row of each token's visit to rank 0 and rank 1:", slots.tolist(), "rows f
 # %%
 from math import comb
 
-import matplotlib.pyplot as plt
-
 
 def sent_bytes(top_k, ranks, experts=128, tokens=4096, width=2048):
     choice = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(0)).topk(top_k).indices
-    away = plan_rows(choice, experts // ranks, ranks)[1][1:].sum().item()  # rank 0 is home
+    away = plan_rows(choice, experts // ranks, ranks).counts[1:].sum().item()  # rank 0 is home
     copies = (choice >= experts // ranks).sum().item()
     visits = (ranks - 1) * (1 - comb(experts - experts // ranks, top_k) / comb(experts, top_k))
     return away * width * 2, copies * width * 2, visits * tokens * width * 2
@@ -96,21 +128,45 @@ fig
 # %% [markdown]
 # Eight experts on eight ranks: deduplication saves a third of the bytes. The larger K is beside n, the more.
 #
-# ## The journey
+# ## The one wait
 #
-# What both directions need is kept in a `Journey`. The numbers of rows must be known on the host, because
-# the transfers are given their sizes there: one copy of 2n numbers, the only wait of the host in a layer.
+# What both directions need is kept in a `Journey`. The device knows how many rows go where; but transfers are
+# given their sizes, and memory is taken, by the host. So once a layer, in `dispatch`, the host waits: when every
+# rank has told the others how many rows it will send, the 2n numbers are copied to the host, and it waits for the
+# event behind that copy. At that moment the device has done all that was queued, up to the router, and stands still
+# until the host has launched the next transfer, unless other work is queued on it, as a pipeline does with
+# another microbatch. Nothing else here waits: rows and ids are computed into buffers of the largest possible
+# size, which are cut when the numbers are known, and the way home and both backward passes use the same numbers again.
 
 
 # %%
 #| export
 class Journey(NamedTuple):
-    """How T tokens went out in P rows, Q of them arriving here from all ranks."""
+    """How T tokens went out in P rows, Q of them arriving here from all n ranks."""
 
     rows: Tensor  #: (P,) int64, the token of each row sent
+    slots: Tensor  #: (T, n) int32, the row of each token's visit to a rank, -1 for none
     sent: list[int]  #: rows to each rank
     received: list[int]  #: rows from each rank
-    tokens: int  #: T
+
+
+# %%
+#| export
+def to_host(numbers: Tensor) -> list:
+    """`numbers` as a list; from a GPU by an asynchronous copy to pinned memory, waiting for that copy."""
+    if not numbers.is_cuda:
+        return numbers.tolist()
+    pinned = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    pinned.copy_(numbers, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    copied.synchronize()
+    return pinned.tolist()
+
+
+# %%
+sent, received = to_host(torch.stack([plans[0].counts, torch.stack([plan.counts[0] for plan in plans])]))
+print("rank 0 sends", sent, "rows to the ranks and receives", received)
 
 
 # %%
@@ -122,16 +178,19 @@ def travel(x: Tensor, received: list[int], sent: list[int], group: dist.ProcessG
 
 
 # %% [markdown]
-# The two directions are each other's backward: the gradient of what was gathered and sent is received and
-# added up, and the other way round.
-
+# Here a rank is alone: a group of one, which sends to itself. (`tests/test_expert_parallel.py` runs all of
+# this on two and four processes.)
 
 # %%
-#| export
-def add_rows(rows: Tensor, journey: Journey) -> Tensor:
-    """The sum over a token's rows (P, ...), for each token: (T, ...); added in fp32."""
-    total = torch.zeros(journey.tokens, *rows.shape[1:], dtype=torch.float32, device=rows.device)
-    return total.index_add_(0, journey.rows, rows.float()).to(rows.dtype)
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+alone = dist.group.WORLD
+arriving, work = travel(torch.arange(3.0).unsqueeze(1), [3], [3], alone)
+work.wait()
+arriving.flatten().tolist()
+
+# %% [markdown]
+# The two directions are each other's backward: the gradient of what was gathered and sent is received and
+# added up, and the other way round.
 
 
 # %%
@@ -157,7 +216,8 @@ class Dispatch(torch.autograd.Function):
         home_weights, work_weights = travel(grad_weights.contiguous(), *back)
         work.wait()
         work_weights.wait()
-        return add_rows(home, ctx.journey), add_rows(home_weights, ctx.journey), None, None
+        rows, slots = ctx.journey.rows, ctx.journey.slots
+        return gather_sum(home, rows, slots), gather_sum(home_weights, rows, slots), None, None
 
 
 class Combine(torch.autograd.Function):
@@ -168,7 +228,7 @@ class Combine(torch.autograd.Function):
         ctx.journey, ctx.group = journey, group
         home, work = travel(output, journey.sent, journey.received, group)
         work.wait()
-        return add_rows(home, journey)
+        return gather_sum(home, journey.rows, journey.slots)
 
     @staticmethod
     @once_differentiable
@@ -177,6 +237,19 @@ class Combine(torch.autograd.Function):
         work.wait()
         return there, None, None
 
+
+# %% [markdown]
+# Out and home again, with nothing done in between: every token comes back once for each rank it visited, which is
+# once here, and so does its gradient.
+
+# %%
+plan = plan_rows(chosen[0], experts_per_rank=4, ranks=1)
+journey = Journey(plan.rows, plan.slots, [3], [3])
+tokens = torch.randn(3, 5, requires_grad=True)
+rows, weights = Dispatch.apply(tokens, torch.rand(3, 2), journey, alone)
+back = Combine.apply(rows, journey, alone)
+(gradient,) = torch.autograd.grad(back.sum(), tokens)
+assert torch.equal(back, tokens) and torch.equal(gradient, torch.ones(3, 5))
 
 # %% [markdown]
 # ## Stages 2 and 4
@@ -200,17 +273,12 @@ class ExpertExchange:
 
     def dispatch(self, tokens: Tensor, routed: Routed) -> tuple[Arrived, Journey]:
         own = len(self.share(routed.probs.shape[1]))
-        slots, counts = plan_rows(routed.expert_ids, own, self.ranks)
-        both = torch.stack([counts, counts])
-        dist.all_to_all_single(both[1], both[0].clone(), group=self.group)
-        sent, received = both.tolist()  # the one wait for the device
-        rows = torch.empty(sum(sent), dtype=torch.long, device=tokens.device)
-        token, rank = (slots >= 0).nonzero(as_tuple=True)
-        rows[slots[token, rank]] = token
-        journey = Journey(rows, sent, received, len(tokens))
-        target = torch.arange(self.ranks, device=rows.device).repeat_interleave(torch.tensor(sent, device=rows.device))
-        ids = routed.expert_ids.index_select(0, rows) - (target * own).unsqueeze(1)
-        ids = torch.where((ids >= 0) & (ids < own), ids, -1)
+        plan = plan_rows(routed.expert_ids, own, self.ranks)
+        both = torch.stack([plan.counts, plan.counts])  # a rehearsal receives nothing: as many as it sends, then
+        dist.all_to_all_single(both[1], plan.counts, group=self.group)
+        sent, received = to_host(both)
+        rows, ids = plan.rows[: sum(sent)], plan.local_ids[: sum(sent)]
+        journey = Journey(rows, plan.slots, sent, received)
         out_ids, work = travel(ids, received, sent, self.group)
         out, weights = Dispatch.apply(tokens, routed.weights, journey, self.group)
         work.wait()
@@ -218,3 +286,25 @@ class ExpertExchange:
 
     def combine(self, output: Tensor, journey: Journey) -> Tensor:
         return Combine.apply(output, journey, self.group)
+
+
+# %% [markdown]
+# Through an exchange a layer computes what it computes [at home](22_experts.py):
+
+# %%
+from pithtrain.layers.experts import Experts
+from pithtrain.layers.router import Router
+from pithtrain.models.stages import AtHome
+
+torch.manual_seed(0)
+router, experts = Router(16, experts=8, top_k=3, renormalise=True), Experts(16, experts=8, expert_hidden=12)
+for parameter in (*router.parameters(), *experts.parameters()):
+    torch.nn.init.normal_(parameter, std=0.3)
+tokens = torch.randn(20, 16)
+outputs = []
+for exchange in (AtHome(), ExpertExchange(alone)):
+    arrived, journey = exchange.dispatch(tokens, router(tokens))
+    outputs.append(exchange.combine(experts(*arrived), journey))
+assert torch.equal(*outputs)
+print(f"{journey.sent[0]} rows travelled; largest difference {(outputs[0] - outputs[1]).abs().max().item()}")
+dist.destroy_process_group()
