@@ -1,0 +1,326 @@
+# %% [markdown]
+# # Evaluation
+#
+# > What a run's model is worth: its loss on held-out text, and how often it prefers the right answer.
+#
+# Two questions are asked of a language model without training it further. *How well does it predict text that it
+# has not seen?* And, as that says little of what it can do: *of several ways to go on, does it find the right one
+# the likeliest?*
+
+# %%
+#| default_exp evaluate
+
+# %%
+#| export
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from pithtrain.config import UserError
+from pithtrain.models.decoder import Decoder
+from pithtrain.train.baselines import bits_per_byte
+from pithtrain.train.batches import IGNORE, HeldOutBatches
+from pithtrain.train.generate import opening
+from pithtrain.train.run import Run
+from pithtrain.train.shards import open_shards
+from pithtrain.train.trainer import choose_compute
+
+# %% [markdown]
+# ## Held-out text
+#
+# The mean cross-entropy per token, $\ell$, and the same figure in other dress: the *perplexity* $e^\ell$, the number of
+# equally likely tokens that would be as hard to guess; and bits per byte of text, which can be compared between
+# tokenizers. The tokens are those that [the trainer](72_trainer.py) validates on, once each.
+
+
+# %%
+#| export
+class Validation(NamedTuple):
+    """How well a model predicts held-out text."""
+
+    loss: float  #: mean cross-entropy, nats per token
+    perplexity: float
+    bits_per_byte: float
+    tokens: int  #: tokens predicted
+
+
+# %%
+#| export
+def use_accelerator(run: Run) -> Run:
+    """The same run with its model where it computes fastest, in the precision of its training."""
+    compute = choose_compute(replace(run.config.run, device="auto"))
+    run.model.to(compute.device)
+    run.model.place = replace(run.model.place, dtype=compute.dtype)
+    return run
+
+
+# %%
+#| export
+@torch.no_grad()
+def validate(run: Run, folder: Path) -> Validation:
+    """The loss of a run on its held-out shards; `folder` is the run's. Raises UserError where those are not there."""
+    train = run.config.train
+    shards = open_shards(Path(run.config.data.folder), tokenizer=folder / "tokenizer.json")
+    device, total, count = next(run.model.parameters()).device, 0.0, 0
+    positions = torch.arange(train.sequence_length, device=device)
+    for inputs, targets in HeldOutBatches(shards.held_out, train.sequence_length, train.micro_batch_size):
+        loss, _ = run.model(inputs.to(device), positions, targets=targets.to(device))
+        total, count = total + loss.item(), count + int((targets != IGNORE).sum())
+    bits = float(bits_per_byte(total / count, count, shards.manifest.held_out.bytes))
+    return Validation(total / count, math.exp(total / count), bits, count)
+
+
+# %% [markdown]
+# ## The likelihood of a continuation
+#
+# By the chain rule, the log-likelihood of a text $y_1 \dots y_n$ behind a context $x$ is the sum
+#
+# $$\log p(y \mid x) = \sum_i \log p(y_i \mid x, y_{<i}),$$
+#
+# all terms of which one forward pass gives. Rows of different lengths make a batch by filling up at the end: no
+# token sees what comes after it. Only the states before a continuation's tokens are turned into scores, some at a
+# time.
+
+
+# %%
+#| export
+class Likelihood(NamedTuple):
+    """Of a continuation: the log of its probability, in nats, and whether each token was the likeliest."""
+
+    log: float
+    greedy: bool
+
+
+# %%
+#| export
+@torch.no_grad()
+def likelihoods(
+    model: Decoder, requests: list[tuple[list[int], list[int]]], context: int, batch: int = 16
+) -> list[Likelihood]:
+    """For each pair of tokens before (one at least) and tokens to score, the likelihood of the latter.
+
+    No more than `context` tokens are read at once: the oldest before a long continuation are cut off. Raises
+    ValueError for a continuation that is empty or longer than that.
+    """
+    device = next(model.parameters()).device
+    for before, after in requests:
+        if not before or not 0 < len(after) <= context:
+            raise ValueError(
+                f"{len(before)} tokens before {len(after)}: need one at least, and at most {context} after"
+            )
+    rows = [(before + after)[-context - 1 :] for before, after in requests]
+    found: list[Likelihood | None] = [None] * len(rows)
+    order = sorted(range(len(rows)), key=lambda n: -len(rows[n]))  # similar lengths share a batch
+    for some in (order[start : start + batch] for start in range(0, len(order), batch)):
+        longest = len(rows[some[0]]) - 1
+        inputs = torch.zeros(len(some), longest, dtype=torch.long)
+        for place, n in enumerate(some):
+            inputs[place, : len(rows[n]) - 1] = torch.tensor(rows[n][:-1])
+        hidden, _ = model(inputs.to(device), torch.arange(longest, device=device))
+        for place, n in enumerate(some):
+            after = torch.tensor(requests[n][1], device=device)
+            end = len(rows[n]) - 1
+            scores = [
+                score(model, *part)
+                for part in zip(hidden[place, end - len(after) : end].split(512), after.split(512), strict=True)
+            ]
+            found[n] = Likelihood(sum(part.log for part in scores), all(part.greedy for part in scores))
+    return found
+
+
+# %%
+#| export
+def score(model: Decoder, hidden: Tensor, targets: Tensor) -> Likelihood:
+    """The likelihood of `targets` (S,) by the last hidden states (S, hidden) of the tokens before each."""
+    logs = model.logits(hidden).log_softmax(dim=-1)
+    greedy = bool((logs.argmax(dim=-1) == targets).all())
+    return Likelihood(logs.gather(1, targets.unsqueeze(1)).double().sum().item(), greedy)
+
+
+# %% [markdown]
+# The probabilities of all tokens that may come next add up to 1, and those of two tokens are a product, whatever else
+# stands in the batch:
+
+# %%
+from pithtrain.config import Qwen3MoeConfig
+from pithtrain.models.build import build
+from pithtrain.models.decoder import initialise
+
+model = build(Qwen3MoeConfig(hidden=16, layers=1, experts=4, expert_hidden=16, vocab_size=257, init_std=0.2))
+initialise(model, seed=0)
+pairs = [([3, 5, 8], [token]) for token in range(257)] + [([3, 5, 8], [7, 1]), ([3, 5, 8, 7], [1])]
+found = likelihoods(model, pairs, context=8, batch=100)
+print(f"sum over all next tokens {sum(math.exp(one.log) for one in found[:257]):.6f}")
+print(f"log p(7, 1) = {found[257].log:.6f}, log p(7) + log p(1 after 7) = {found[7].log + found[258].log:.6f}")
+assert abs(sum(math.exp(one.log) for one in found[:257]) - 1) < 1e-5
+assert abs(found[257].log - found[7].log - found[258].log) < 1e-5
+assert sum(one.greedy for one in found[:257]) == 1
+
+# %% [markdown]
+# ## Multiple choice
+#
+# A file of questions is JSON lines, each with a text, some ways to go on, and the number of the right one:
+#
+# ```
+# {"context": "The capital of France is", "choices": [" Paris", " Rome"], "answer": 0}
+# ```
+#
+# The model chooses what it finds likeliest. Long answers are unlikely for their length alone, so a second figure
+# divides by the length in bytes of UTF-8, which no tokenizer changes.
+
+
+# %%
+#| export
+class Question(NamedTuple):
+    """A text and several ways to go on."""
+
+    context: str
+    choices: list[str]
+    answer: int
+
+
+# %%
+#| export
+def read_questions(path: Path) -> list[Question]:
+    """The questions of a file of JSON lines. Raises UserError that names the line which is not one."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); expected a file of JSON lines") from None
+    questions = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            table = json.loads(line)
+            question = Question(table["context"], table["choices"], table["answer"])
+            texts = [question.context, *question.choices] if isinstance(question.choices, list) else [None]
+            fits = type(question.answer) is int and 0 <= question.answer < len(question.choices)
+            if not (fits and all(isinstance(text, str) for text in texts) and all(question.choices)):
+                raise ValueError
+        except (ValueError, TypeError, KeyError):
+            raise UserError(
+                f'{path}: line {number}: expected {{"context": TEXT, "choices": [TEXT, ...], "answer": NUMBER}}'
+            ) from None
+        questions.append(question)
+    if not questions:
+        raise UserError(f"{path}: holds no question")
+    return questions
+
+
+# %% [markdown]
+# Where a context ends within what would be one token, that token counts to the continuation: both are encoded
+# together, as the model has read text in training. Spaces at the end of a context go with what follows for the same
+# reason.
+
+
+# %%
+#| export
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Tokens before, with what opens a text, and tokens of the continuation, one at least on either side."""
+    stripped = context.rstrip()
+    whole = tokenizer.encode(context + continuation, add_special_tokens=False).ids
+    before = tokenizer.encode(stripped, add_special_tokens=False).ids
+    same = 0
+    while same < min(len(before), len(whole) - 1) and before[same] == whole[same]:
+        same += 1
+    return opening(tokenizer) + whole[:same], whole[same:]
+
+
+# %%
+#| export
+class Choices(NamedTuple):
+    """How often the right choice was the likeliest: in all, and per byte."""
+
+    questions: int
+    accuracy: float
+    accuracy_per_byte: float
+
+
+# %%
+#| export
+def choose(run: Run, questions: list[Question], batch: int = 16) -> Choices:
+    """Score `questions`. Raises UserError for a choice that is longer than the run's context."""
+    context = run.config.train.sequence_length
+    pairs = [encode_pair(run.tokenizer, q.context, choice) for q in questions for choice in q.choices]
+    if too_long := max((len(after) for _, after in pairs if len(after) > context), default=0):
+        raise UserError(f"a choice of {too_long} tokens is longer than train.sequence_length, {context}; shorten it")
+    logs = iter([found.log for found in likelihoods(run.model, pairs, context, batch)])
+    right = [0, 0]
+    for question in questions:
+        scores = [next(logs) for _ in question.choices]
+        per_byte = [score / len(choice.encode()) for score, choice in zip(scores, question.choices, strict=True)]
+        for kind, values in enumerate((scores, per_byte)):
+            right[kind] += values.index(max(values)) == question.answer
+    return Choices(len(questions), *(count / len(questions) for count in right))
+
+
+# %% [markdown]
+# ## A model that has learned something
+#
+# A run of a few seconds on three sentences, then asked to end them. It is given its training text on purpose: it
+# should be right. Its untrained copy guesses.
+
+# %%
+import tempfile
+
+from pithtrain.config import Config, DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from pithtrain.train.run import open_run
+from pithtrain.train.trainer import train
+
+scratch = tempfile.TemporaryDirectory()
+here = Path(scratch.name)
+(here / "text").mkdir()
+sentences = ["The cat sleeps on the warm roof.", "A fish swims in the cold river.", "The old bird sings at dawn."]
+for number in range(40):
+    (here / "text" / f"{number}.txt").write_text("\n".join(sentences[number % 3 :] + sentences[: number % 3]) + "\n")
+config = Config(
+    run=RunConfig(name="demo", folder=str(here / "runs"), device="cpu"),
+    data=DataConfig(corpus=str(here / "text"), pattern="*.txt", folder=str(here / "data"), held_out=0.1),
+    model=Qwen3MoeConfig(hidden=32, heads=4, head_dim=8, experts=4, expert_hidden=32, vocab_size=280, layers=2),
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup=5),
+    train=TrainConfig(steps=60, sequence_length=32, batch_size=8, micro_batch_size=8),
+)
+import contextlib
+import io
+
+with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    train(config)
+ends = [sentence.rsplit(" ", 1) for sentence in sentences]
+lines = [
+    {"context": start, "choices": [" " + end for _, end in ends], "answer": n} for n, (start, _) in enumerate(ends)
+]
+(here / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+questions = read_questions(here / "questions.jsonl")
+run = open_run(config.path)
+print("trained  ", choose(run, questions))
+print("held out ", validate(run, config.path))
+told = json.loads((config.path / "results.json").read_text())["nats_per_token"]["this model"]
+assert abs(validate(run, config.path).loss - told) < 1e-5
+
+# %% [markdown]
+# What it found of each question: the log-likelihood per byte of each end, the right one on the diagonal.
+
+# %%
+import matplotlib.pyplot as plt
+
+untrained = Run(config, run.tokenizer, build(config.model), 0)
+initialise(untrained.model, seed=0)
+fig, axes = plt.subplots(1, 2, figsize=(8, 2.8))
+for ax, (name, one) in zip(axes, (("untrained", untrained), ("trained", run)), strict=True):
+    pairs = [encode_pair(one.tokenizer, q.context, choice) for q in questions for choice in q.choices]
+    logs = torch.tensor([found.log for found in likelihoods(one.model, pairs, 32)]).view(3, 3)
+    per_byte = logs / torch.tensor([len(choice.encode()) for choice in questions[0].choices])
+    image = ax.imshow(per_byte, cmap="viridis")
+    ax.set(title=f"{name}, nats per byte", ylabel="question")
+    ax.set_xticks(range(3), questions[0].choices)
+    fig.colorbar(image, ax=ax)
+fig.tight_layout()
+fig
+
+# %% [markdown]
+# Next: the same model, asked by [a harness that many use](82_harness.py).

@@ -1,0 +1,158 @@
+# %% [markdown]
+# # In the evaluation harness
+#
+# > An adapter, so that lm-evaluation-harness can ask its tasks of a run.
+#
+# [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness) holds hundreds of tasks, and published
+# scores come from it. It asks a model three things: how likely a continuation is, how likely a whole text is, and what
+# the model would write. `pip install "pithtrain[eval]"`, and then
+#
+# ```
+# import lm_eval
+# from pithtrain.harness import HarnessModel
+# lm_eval.simple_evaluate(HarnessModel(open_run(Path("runs/mine"))), tasks=["hellaswag"])
+# ```
+
+# %%
+#| default_exp harness
+
+# %%
+#| export
+from typing import Any
+
+import torch
+
+from pithtrain.evaluate import encode_pair, likelihoods, use_accelerator
+from pithtrain.train.generate import decode, opening, pick
+from pithtrain.train.run import Run
+from pithtrain.train.tokenizer import END_OF_TEXT
+
+# %%
+#| export
+try:
+    from lm_eval.api.model import LM
+except ImportError:  # the extra `eval`: without it the class below works, but no harness is there to use it
+    LM = object
+
+# %% [markdown]
+# A whole text may be longer than the model's context. It is then cut into pieces of that length, and each is scored
+# behind as many tokens as there is room for, so that every token counts once.
+
+
+# %%
+#| export
+class HarnessModel(LM):
+    """A run as the harness sees it; `batch` rows are computed at once."""
+
+    def __init__(self, run: Run, batch: int = 16):
+        super().__init__()
+        self.run, self.batch = use_accelerator(run), batch
+        self.context = run.config.train.sequence_length
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """For each request's (context, continuation): the log-likelihood in nats, and whether it is greedy."""
+        pairs = [encode_pair(self.run.tokenizer, *request.args) for request in requests]
+        return [(found.log, found.greedy) for found in likelihoods(self.run.model, pairs, self.context, self.batch)]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """For each request's (text,): its log-likelihood in nats."""
+        pairs, owners = [], []
+        for number, request in enumerate(requests):
+            tokens = self.run.tokenizer.encode(request.args[0], add_special_tokens=False).ids
+            for start in range(0, len(tokens), self.context):
+                before = opening(self.run.tokenizer) + tokens[:start]
+                pairs.append((before[-self.context :], tokens[start : start + self.context]))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for owner, found in zip(owners, likelihoods(self.run.model, pairs, self.context, self.batch), strict=True):
+            totals[owner] += found.log
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """For each request's (context, settings): what the model writes, up to the first text of `until`."""
+        return [self.write(*request.args) for request in requests]
+
+    def write(self, context: str, settings: dict[str, Any]) -> str:
+        """What follows `context`; settings: until, max_gen_toks, do_sample, temperature, top_k."""
+        tokenizer, until = self.run.tokenizer, settings.get("until") or []
+        until = [until] if isinstance(until, str) else until
+        temperature = settings.get("temperature", 1.0) if settings.get("do_sample") else 0.0
+        generator, end, drawn, text = torch.Generator().manual_seed(0), tokenizer.token_to_id(END_OF_TEXT), [], ""
+        ids = opening(tokenizer) + tokenizer.encode(context, add_special_tokens=False).ids
+        for token in decode(
+            self.run.model,
+            ids,
+            self.context,
+            lambda logits: pick(logits, temperature, settings.get("top_k", 0), generator),
+        ):
+            if token == end:
+                break
+            drawn.append(token)
+            text = tokenizer.decode(drawn)
+            if found := [text.index(stop) for stop in until if stop in text]:
+                return text[: min(found)]
+            if len(drawn) == settings.get("max_gen_toks", 256):
+                break
+        return text
+
+
+# %% [markdown]
+# ## Three questions
+#
+# The three questions, asked as the harness asks them, of an untrained model. (tests/test_evaluate.py lets the harness
+# itself ask them, with tasks from a file: no data is fetched.)
+
+# %%
+from types import SimpleNamespace
+
+from pithtrain.config import Config, Qwen3MoeConfig, RunConfig, TrainConfig
+from pithtrain.models.build import build
+from pithtrain.models.decoder import initialise
+from pithtrain.train.tokenizer import train_tokenizer
+
+tokenizer = train_tokenizer(["the cat sat on the mat\n", "the dog ran to the park\n"] * 100, vocab_size=275)
+config = Config(
+    run=RunConfig(device="cpu"),
+    model=Qwen3MoeConfig(hidden=32, heads=4, head_dim=8, experts=4, expert_hidden=16, vocab_size=275, layers=1),
+    train=TrainConfig(sequence_length=16),
+)
+model = build(config.model)
+initialise(model, seed=0)
+harness = HarnessModel(Run(config, tokenizer, model, 0))
+
+
+def ask(*arguments):
+    return [SimpleNamespace(args=arguments)]
+
+
+print("continuation", harness.loglikelihood(ask("the cat", " sat on")))
+print("whole text  ", harness.loglikelihood_rolling(ask("the cat sat on the mat " * 10)))
+print("writes      ", harness.generate_until(ask("the cat", {"until": ["\n"], "max_gen_toks": 8})))
+whole, first, second = (
+    harness.loglikelihood(ask(*pair))[0][0]
+    for pair in (("", "the cat sat on"), ("", "the cat"), ("the cat", " sat on"))
+)
+assert abs(whole - first - second) < 1e-5
+
+# %% [markdown]
+# ## How it scores a long text
+#
+# The model's context is 16 tokens. The surprise of each token of a longer text, in nats, from the pieces that are
+# scored; the first of each piece has one token to go by, where the model's context is not filled up from before.
+
+# %%
+import matplotlib.pyplot as plt
+
+ids = tokenizer.encode("the cat sat on the mat the dog ran to the park " * 4, add_special_tokens=False).ids
+before = opening(tokenizer)
+by_token = [-found.log for found in likelihoods(model, [(before + ids[:n], [ids[n]]) for n in range(len(ids))], 16)]
+fig, ax = plt.subplots(figsize=(7, 2.4))
+ax.plot(by_token, ".-", label="behind the newest 16 tokens")
+for start in range(0, len(ids), 16):
+    ax.axvline(start - 0.5, color="0.7", ls=":")
+ax.set(title="A text longer than the context (dotted: pieces)", xlabel="token", ylabel="surprise, nats", ylim=(0, None))
+ax.legend()
+fig
+
+# %% [markdown]
+# Next: the [speed of a Mixture-of-Experts block](85_bench.py).
