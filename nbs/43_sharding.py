@@ -168,3 +168,25 @@ def in_global_order(name: str, local: Tensor, mesh: Mesh) -> Tensor:
     shape = torch.Size([local.shape[0] * mesh.axes.ep, *local.shape[1:]])
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(own, mesh.expert_order, [Shard(0), Shard(0)], run_check=False, shape=shape, stride=stride)
+
+
+# %% [markdown]
+# ## How much is left on a rank
+#
+# The arithmetic of the layout for Qwen3-30B-A3B, whose experts are 29 of its 30.5 billion parameters, 16
+# bytes of state for each. Without expert parallelism everything is sharded alike; with it the experts are
+# divided before they are sharded, and the sum on a rank is the same: what expert parallelism saves is
+# traffic, since an expert's weights then stay where they are and only tokens travel.
+
+# %%
+experts, others = 29.0e9, 1.5e9
+print("ranks (dp x ep)   GB a rank   GB of expert weights gathered for one forward, bf16")
+for dp, ep in ((8, 1), (4, 2), (1, 8), (64, 1), (8, 8)):
+    state = 16 * (experts / (dp * ep) + others / (dp * ep)) / 1e9
+    gathered = 2 * experts / ep * (1 - 1 / dp) / 1e9
+    print(f"{dp:>5} x {ep:<9}{state:>10.1f}{gathered:>16.1f}")
+
+# %% [markdown]
+# Checked in `tests/test_verify.py`: every layout against one process.
+#
+# Next: how a process finds its place in the job: [launch](44_launch.py).

@@ -320,3 +320,31 @@ class Learner:
             if not part.place.last and place[stage + 1] != me:
                 dist.send(x, group=group, group_dst=place[stage + 1])
         return x if part.place.last else None
+
+
+# %% [markdown]
+# ## One process
+#
+# Eight steps on a sentence that repeats: the loss falls, and cutting the batch in four changes nothing but
+# rounding.
+
+# %%
+from pithtrain.config import BalanceConfig, Qwen3MoeConfig, TrainConfig
+from pithtrain.parallel.mesh import Axes
+
+small = Qwen3MoeConfig(hidden=64, heads=4, head_dim=16, experts=8, expert_hidden=32, vocab_size=300, layers=2)
+rows = (torch.arange(4 * 33).view(4, 33) * 7) % 31
+losses = {}
+for size in (4, 1):
+    train = TrainConfig(steps=8, batch_size=4, micro_batch_size=size, sequence_length=32)
+    config = Config(model=small, balance=BalanceConfig(global_batch=0.0), train=train)
+    learner = Learner(config, Mesh(Axes(1, 1, 1, 1)))
+    positions = torch.arange(32)
+    batches = [Microbatch(r[:, :-1], r[:, 1:], positions) for r in rows.split(size)]
+    losses[size] = [learner.step(batches, rate=0.003).loss for _ in range(8)]
+    print(f"microbatches of {size}:", " ".join(f"{loss:.4f}" for loss in losses[size]))
+assert losses[4][-1] < losses[4][0] - 1 and abs(losses[4][-1] - losses[1][-1]) < 1e-3
+
+# %% [markdown]
+# That every mesh takes this very step is what [verify](87_verify.py) checks. Next: the loop around the step:
+# the [trainer](72_trainer.py).

@@ -8,11 +8,11 @@
 # its schedule keeps alive. So one rank can be run with nobody to talk to. torch has a process group that
 # pretends: every collective returns at once, and what would have arrived is whatever the buffer held.
 #
-# Two things must be made up for. Hidden states that never arrive from the stage before are drawn at random,
-# so that the router spreads tokens as an untrained router does. And a rank takes its peers' tokens to be as
-# many as those it sends itself, since all peers' batches are alike.
+# Weights that were gathered from nobody are nonsense, and so would be the choice of experts. So tokens choose at
+# random, evenly: the rank then gets as many as it would from peers whose routers are balanced. Hidden states
+# that never arrive from the stage before are drawn at random too. Losses mean nothing here; sizes and times do.
 #
-# What a rehearsal does not show is the time that communication takes.
+# What a rehearsal does not show is the time that communication takes, and the memory of an unbalanced router.
 
 # %%
 #| default_exp rehearse
@@ -25,10 +25,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pithtrain.config import Config, UserError
+from pithtrain.layers.router import Routed
 from pithtrain.parallel.mesh import check_axes, fit_axes, make_mesh
 from pithtrain.parallel.pipeline.engine import Stage
 from pithtrain.train.step import Learner, read_microbatches
@@ -46,9 +47,25 @@ class Rehearsal(NamedTuple):
     place: dict[str, int]  #: coordinates along the axes
     device: str
     parameters: int  #: on this rank
+    imbalance: float  #: of the tokens this rank routed: its busiest expert over the mean
     peak_bytes: int
     step_seconds: float  #: without communication; the fastest step
     tokens_per_step: int  #: of the whole job
+
+
+# %%
+#| export
+class EvenRouter(nn.Module):
+    """Does the work of `router`, and sends tokens to experts drawn at random."""
+
+    def __init__(self, router: nn.Module):
+        super().__init__()
+        self.router = router
+
+    def forward(self, tokens: Tensor) -> Routed:
+        routed = self.router(tokens)
+        drawn = torch.rand(routed.probs.shape, device=tokens.device).topk(routed.expert_ids.shape[1]).indices
+        return routed._replace(expert_ids=drawn)
 
 
 # %%
@@ -101,13 +118,17 @@ def rehearse(config: Config, rank: int, ranks: int, steps: int = 3) -> Rehearsal
         mesh = make_mesh(config.mesh, rank, ranks, compute.device)
         learner = Learner(config, mesh, compute.dtype)
         learner.engine.stages = {number: Unfed(stage) for number, stage in learner.engine.stages.items()}
+        for part in learner.parts.values():
+            for layer in part.layers.values():
+                if layer.router is not None:
+                    layer.router = EvenRouter(layer.router)
         train = config.train
         batches = RandomBatches(config.model.vocab_size, train.sequence_length, train.batch_size)
         seconds = []
         for step in range(steps):
             own = read_microbatches(batches, step, train.micro_batch_size, mesh)
             start = time.perf_counter()
-            learner.step(own, config.optimizer.learning_rate)  # ends with numbers on the host
+            load = learner.step(own, config.optimizer.learning_rate).load.double()  # ends with numbers on the host
             seconds.append(time.perf_counter() - start)
         cuda = compute.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -119,6 +140,7 @@ def rehearse(config: Config, rank: int, ranks: int, steps: int = 3) -> Rehearsal
             mesh.coordinates._asdict(),
             torch.cuda.get_device_name() if cuda else "cpu",
             held,
+            (load.max(dim=1).values / load.mean(dim=1)).max().item(),
             peak,
             min(seconds),
             train.batch_size * train.sequence_length,
@@ -136,7 +158,7 @@ def describe_rehearsal(result: Rehearsal) -> str:
     return "\n".join(
         [
             f"rank {result.rank} of {result.ranks} ({place}) on {result.device}",
-            f"  parameters held  {result.parameters / 1e6:,.1f} M",
+            f"  parameters held  {result.parameters:,}",
             f"  peak memory      {result.peak_bytes / 2**30:.2f} GiB",
             f"  step             {result.step_seconds * 1e3:,.0f} ms without communication, "
             f"{result.tokens_per_step:,} tokens in the whole job",
