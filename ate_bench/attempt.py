@@ -88,7 +88,7 @@ class Ran:
     ended: float
     output: str
 
-# %% ../nbs/ate_bench/24_attempt.py #run_program@5eb97051
+# %% ../nbs/ate_bench/24_attempt.py #run_program@b8fe9d6f
 def run_program(
     command: list[str],
     plan: Plan,
@@ -97,6 +97,7 @@ def run_program(
     minutes: float,
     agent: Agent | None = None,
     writable: bool = True,
+    network: bool = False,
     readable: frozenset[Path] = frozenset(),
     stdin: str = "",
 ) -> Ran:
@@ -104,7 +105,7 @@ def run_program(
     paths = program_paths(command[0]) | program_paths(plan.framework.python or sys.executable) | readable
     paths |= {Path(sys.base_prefix), Path(sys.prefix)}
     if plan.sandbox:
-        command = confine(command, workspace, paths, writable, network=agent is not None)
+        command = confine(command, workspace, paths, writable, network)
     variables = environment(workspace, plan.framework, agent.environment if agent else [], agent.set if agent else {})
     lines: list[str] = []
 
@@ -141,18 +142,18 @@ def run_program(
             listener.join(10)
     return Ran(code, started, ended, "".join(lines))
 
-# %% ../nbs/ate_bench/24_attempt.py #run_agent@660fdc4e
+# %% ../nbs/ate_bench/24_attempt.py #run_agent@2afc96b4
 def run_agent(plan: Plan, workspace: Workspace, record: Path, name: str, agent: Agent, model: str, text: str) -> Ran:
     """Run `agent` on the instruction `text`; its session goes to `record`/NAME.jsonl. A judge may not edit."""
     read_only = plan.task.read_only or name != "session"
     text = text.replace("{repo}", str(workspace.repo)).replace("{out}", str(workspace.out))
     command = agent.arguments(model, read_only, text, workspace.home)
     log, stdin = record / f"{name}.jsonl", text if agent.stdin else ""
-    ran = run_program(command, plan, workspace, log, plan.task.minutes, agent, not read_only, stdin=stdin)
-    kept = sorted(workspace.home.glob(agent.transcript)) if agent.transcript else []
-    if any(path.is_file() and not path.is_symlink() for path in kept):
+    ran = run_program(command, plan, workspace, log, plan.task.minutes, agent, not read_only, True, stdin=stdin)
+    workspace.unlink()
+    if agent.transcript and (kept := workspace.files(workspace.home, agent.transcript)):
         log.rename(log.with_suffix(".stdout"))
-        log.write_text("\n".join(path.read_text(errors="replace") for path in kept if not path.is_symlink()))
+        log.write_text("\n".join(path.read_text(errors="replace") for path in kept))
     return ran
 
 # %% ../nbs/ate_bench/24_attempt.py #replay@40db364a
@@ -213,20 +214,18 @@ def verdicts(plan: Plan, workspace: Workspace, record: Path, answer: str, change
 # %% ../nbs/ate_bench/24_attempt.py #LARGEST@b7505f87
 LARGEST = 32 << 20  # bytes of one artefact
 
-# %% ../nbs/ate_bench/24_attempt.py #keep_artefacts@5781148a
+# %% ../nbs/ate_bench/24_attempt.py #keep_artefacts@d3baa928
 def keep_artefacts(workspace: Workspace, record: Path) -> list[str]:
     """Copy the files of `out` to the record; return what was left out."""
-    left = []
-    for path in sorted(workspace.out.rglob("*")):
-        name = path.relative_to(workspace.out)
-        if path.is_symlink() or (path.is_file() and path.stat().st_size > LARGEST):
-            left.append(str(name))
-        elif path.is_file():
-            (record / "out" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, record / "out" / name)
-    return left
+    kept = [path for path in workspace.files(workspace.out, "**/*") if path.stat().st_size <= LARGEST]
+    for path in kept:
+        target = record / "out" / path.relative_to(workspace.out)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    others = {path for path in workspace.out.rglob("*") if path.is_symlink() or not path.is_dir()} - set(kept)
+    return sorted(str(path.relative_to(workspace.out)) for path in others)
 
-# %% ../nbs/ate_bench/24_attempt.py #capture@77f97481
+# %% ../nbs/ate_bench/24_attempt.py #capture@41b64739
 def capture(plan: Plan, workspace: Workspace, record: Path, ran: Ran | None) -> dict[str, Any]:
     """Keep the diff and the artefacts; return the verdicts and metrics for the record."""
     changes = workspace.diff()
@@ -234,10 +233,10 @@ def capture(plan: Plan, workspace: Workspace, record: Path, ran: Ran | None) -> 
     left = keep_artefacts(workspace, record)
     log = record / "session.jsonl"
     session = read_session(plan.agent.format, log.read_text(errors="replace")) if log.exists() else Session()
-    logs = [path for pattern in plan.framework.logs for path in workspace.repo.glob(pattern)]
-    gpu = gpu_seconds([path for path in logs + list(workspace.out.rglob("*.log")) if path.is_file()])
-    written = workspace.out / "answer.md"
-    answer = written.read_text(errors="replace") if written.is_file() and not written.is_symlink() else session.answer
+    logs = [path for pattern in plan.framework.logs for path in workspace.files(workspace.repo, pattern)]
+    gpu = gpu_seconds(logs + workspace.files(workspace.out, "**/*.log"))
+    written = workspace.files(workspace.out, "answer.md")
+    answer = written[0].read_text(errors="replace") if written else session.answer
     found = verdicts(plan, workspace, record, answer, changes)
     return {
         "verdict": overall(found),
@@ -247,7 +246,7 @@ def capture(plan: Plan, workspace: Workspace, record: Path, ran: Ran | None) -> 
         "artefacts_left_out": left,
     }
 
-# %% ../nbs/ate_bench/24_attempt.py #run_attempt@f0f182c1
+# %% ../nbs/ate_bench/24_attempt.py #run_attempt@355ca19d
 def run_attempt(plan: Plan, results: Path) -> Path:
     """Make one attempt; return its folder below `results`. What goes wrong on the way is in its record."""
     record = claim(results / plan.folder)
@@ -277,8 +276,8 @@ def run_attempt(plan: Plan, results: Path) -> Path:
         workspace, facts["version"] = make_workspace(plan.framework)
         prepare = plan.task.folder / "prepare" / f"{plan.framework.name}.sh"
         if prepare.exists():
-            readable = frozenset({prepare.parent})
-            done = run_program(["bash", str(prepare)], plan, workspace, record / "prepare.jsonl", 20, readable=readable)
+            command, log, readable = ["bash", str(prepare)], record / "prepare.jsonl", frozenset({prepare.parent})
+            done = run_program(command, plan, workspace, log, 60, network=True, readable=readable)
             if done.code != 0:
                 raise UserError(f"{prepare}: left with {done.code}: {done.output.strip()[-200:]}")
         workspace.remember()
@@ -293,6 +292,7 @@ def run_attempt(plan: Plan, results: Path) -> Path:
     except BaseException as error:  # an attempt that dies is recorded, whatever killed it
         facts |= {"status": "died", "error": f"{type(error).__name__}: {error}", "ended": time.time()}
         if workspace is not None and (workspace.root / "baseline.git").exists():
+            workspace.unlink()
             (record / "changes.patch").write_bytes(workspace.diff())
             keep_artefacts(workspace, record)
         if not isinstance(error, Exception):

@@ -51,7 +51,7 @@ def copy_framework(framework: Framework, target: Path) -> str:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return version
 
-# %% ../nbs/ate_bench/22_workspace.py #Workspace@c199ed29
+# %% ../nbs/ate_bench/22_workspace.py #Workspace@2c237e2e
 @dataclass(frozen=True)
 class Workspace:
     """The folders of one attempt."""
@@ -77,6 +77,18 @@ class Workspace:
     def home(self) -> Path:
         """The agent's home folder."""
         return self.work / "home"
+
+    def unlink(self) -> None:
+        """Put plain folders in place of links that an agent made of its own: they may lead anywhere."""
+        for folder in (self.repo, self.out, self.home):
+            if folder.is_symlink() or not folder.is_dir():
+                folder.unlink(missing_ok=True)
+                folder.mkdir()
+
+    def files(self, folder: Path, pattern: str) -> list[Path]:
+        """The regular files below `folder` that match `pattern` and are not somewhere else, through a link."""
+        found = [path for path in sorted(folder.glob(pattern)) if path.is_file() and not path.is_symlink()]
+        return [path for path in found if path.resolve().is_relative_to(folder)]
 
     def git(self, *arguments: str, data: bytes | None = None) -> bytes:
         """Output of git on the framework, by the repository that the agent cannot reach."""
@@ -125,7 +137,7 @@ def program_paths(program: str) -> set[Path]:
     home = Path.home().resolve()  # never open a home folder because of a program in its bin
     return {path for path in paths if not home.is_relative_to(path) and path != home / ".local"}
 
-# %% ../nbs/ate_bench/22_workspace.py #confine@42f307fb
+# %% ../nbs/ate_bench/22_workspace.py #confine@a245bca0
 def confine(command: list[str], workspace: Workspace, readable: set[Path], writable: bool, network: bool) -> list[str]:
     """`command` under bubblewrap, in the framework's folder. `readable` paths stay visible; `writable` is the repo."""
     wrap = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--proc", "/proc", "--dev", "/dev"]
@@ -138,8 +150,9 @@ def confine(command: list[str], workspace: Workspace, readable: set[Path], writa
             wrap += ["--ro-bind", str(path), str(path)]
     for device in sorted(Path("/dev").glob("nvidia*")):
         wrap += ["--dev-bind", str(device), str(device)]
-    wrap += ["--ro-bind", "/usr", "/usr", "--ro-bind", "/etc", "/etc", "--tmpfs", "/tmp"]
-    for path in sorted(readable):
+    wrap += ["--ro-bind", "/usr", "/usr", "--ro-bind", "/etc", "/etc", "--ro-bind", "/sys", "/sys", "--tmpfs", "/tmp"]
+    names = Path("/etc/resolv.conf").resolve().parent  # elsewhere, on some systems
+    for path in sorted(readable | ({names} if network and names.is_dir() else set())):
         wrap += ["--ro-bind", str(path), str(path)]
     wrap += ["--bind", str(workspace.work), str(workspace.work)]
     if not writable:

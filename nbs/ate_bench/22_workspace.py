@@ -122,6 +122,18 @@ class Workspace:
         """The agent's home folder."""
         return self.work / "home"
 
+    def unlink(self) -> None:
+        """Put plain folders in place of links that an agent made of its own: they may lead anywhere."""
+        for folder in (self.repo, self.out, self.home):
+            if folder.is_symlink() or not folder.is_dir():
+                folder.unlink(missing_ok=True)
+                folder.mkdir()
+
+    def files(self, folder: Path, pattern: str) -> list[Path]:
+        """The regular files below `folder` that match `pattern` and are not somewhere else, through a link."""
+        found = [path for path in sorted(folder.glob(pattern)) if path.is_file() and not path.is_symlink()]
+        return [path for path in found if path.resolve().is_relative_to(folder)]
+
     def git(self, *arguments: str, data: bytes | None = None) -> bytes:
         """Output of git on the framework, by the repository that the agent cannot reach."""
         who = ["-c", "user.name=ate-bench", "-c", "user.email=", "-c", "core.quotePath=false", "-c", "gc.auto=0"]
@@ -210,8 +222,9 @@ def confine(command: list[str], workspace: Workspace, readable: set[Path], writa
             wrap += ["--ro-bind", str(path), str(path)]
     for device in sorted(Path("/dev").glob("nvidia*")):
         wrap += ["--dev-bind", str(device), str(device)]
-    wrap += ["--ro-bind", "/usr", "/usr", "--ro-bind", "/etc", "/etc", "--tmpfs", "/tmp"]
-    for path in sorted(readable):
+    wrap += ["--ro-bind", "/usr", "/usr", "--ro-bind", "/etc", "/etc", "--ro-bind", "/sys", "/sys", "--tmpfs", "/tmp"]
+    names = Path("/etc/resolv.conf").resolve().parent  # elsewhere, on some systems
+    for path in sorted(readable | ({names} if network and names.is_dir() else set())):
         wrap += ["--ro-bind", str(path), str(path)]
     wrap += ["--bind", str(workspace.work), str(workspace.work)]
     if not writable:

@@ -41,6 +41,7 @@ from ate_bench.workspace import Workspace, confine, environment, make_workspace,
 from pithtrain.config import UserError
 
 # %%
+import dataclasses
 import tempfile
 
 from ate_bench.task import load_framework, load_task
@@ -165,6 +166,7 @@ def run_program(
     minutes: float,
     agent: Agent | None = None,
     writable: bool = True,
+    network: bool = False,
     readable: frozenset[Path] = frozenset(),
     stdin: str = "",
 ) -> Ran:
@@ -172,7 +174,7 @@ def run_program(
     paths = program_paths(command[0]) | program_paths(plan.framework.python or sys.executable) | readable
     paths |= {Path(sys.base_prefix), Path(sys.prefix)}
     if plan.sandbox:
-        command = confine(command, workspace, paths, writable, network=agent is not None)
+        command = confine(command, workspace, paths, writable, network)
     variables = environment(workspace, plan.framework, agent.environment if agent else [], agent.set if agent else {})
     lines: list[str] = []
 
@@ -224,11 +226,11 @@ def run_agent(plan: Plan, workspace: Workspace, record: Path, name: str, agent: 
     text = text.replace("{repo}", str(workspace.repo)).replace("{out}", str(workspace.out))
     command = agent.arguments(model, read_only, text, workspace.home)
     log, stdin = record / f"{name}.jsonl", text if agent.stdin else ""
-    ran = run_program(command, plan, workspace, log, plan.task.minutes, agent, not read_only, stdin=stdin)
-    kept = sorted(workspace.home.glob(agent.transcript)) if agent.transcript else []
-    if any(path.is_file() and not path.is_symlink() for path in kept):
+    ran = run_program(command, plan, workspace, log, plan.task.minutes, agent, not read_only, True, stdin=stdin)
+    workspace.unlink()
+    if agent.transcript and (kept := workspace.files(workspace.home, agent.transcript)):
         log.rename(log.with_suffix(".stdout"))
-        log.write_text("\n".join(path.read_text(errors="replace") for path in kept if not path.is_symlink()))
+        log.write_text("\n".join(path.read_text(errors="replace") for path in kept))
     return ran
 
 
@@ -320,15 +322,13 @@ LARGEST = 32 << 20  # bytes of one artefact
 #| export
 def keep_artefacts(workspace: Workspace, record: Path) -> list[str]:
     """Copy the files of `out` to the record; return what was left out."""
-    left = []
-    for path in sorted(workspace.out.rglob("*")):
-        name = path.relative_to(workspace.out)
-        if path.is_symlink() or (path.is_file() and path.stat().st_size > LARGEST):
-            left.append(str(name))
-        elif path.is_file():
-            (record / "out" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, record / "out" / name)
-    return left
+    kept = [path for path in workspace.files(workspace.out, "**/*") if path.stat().st_size <= LARGEST]
+    for path in kept:
+        target = record / "out" / path.relative_to(workspace.out)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    others = {path for path in workspace.out.rglob("*") if path.is_symlink() or not path.is_dir()} - set(kept)
+    return sorted(str(path.relative_to(workspace.out)) for path in others)
 
 
 # %% [markdown]
@@ -344,10 +344,10 @@ def capture(plan: Plan, workspace: Workspace, record: Path, ran: Ran | None) -> 
     left = keep_artefacts(workspace, record)
     log = record / "session.jsonl"
     session = read_session(plan.agent.format, log.read_text(errors="replace")) if log.exists() else Session()
-    logs = [path for pattern in plan.framework.logs for path in workspace.repo.glob(pattern)]
-    gpu = gpu_seconds([path for path in logs + list(workspace.out.rglob("*.log")) if path.is_file()])
-    written = workspace.out / "answer.md"
-    answer = written.read_text(errors="replace") if written.is_file() and not written.is_symlink() else session.answer
+    logs = [path for pattern in plan.framework.logs for path in workspace.files(workspace.repo, pattern)]
+    gpu = gpu_seconds(logs + workspace.files(workspace.out, "**/*.log"))
+    written = workspace.files(workspace.out, "answer.md")
+    answer = written[0].read_text(errors="replace") if written else session.answer
     found = verdicts(plan, workspace, record, answer, changes)
     return {
         "verdict": overall(found),
@@ -389,8 +389,8 @@ def run_attempt(plan: Plan, results: Path) -> Path:
         workspace, facts["version"] = make_workspace(plan.framework)
         prepare = plan.task.folder / "prepare" / f"{plan.framework.name}.sh"
         if prepare.exists():
-            readable = frozenset({prepare.parent})
-            done = run_program(["bash", str(prepare)], plan, workspace, record / "prepare.jsonl", 20, readable=readable)
+            command, log, readable = ["bash", str(prepare)], record / "prepare.jsonl", frozenset({prepare.parent})
+            done = run_program(command, plan, workspace, log, 60, network=True, readable=readable)
             if done.code != 0:
                 raise UserError(f"{prepare}: left with {done.code}: {done.output.strip()[-200:]}")
         workspace.remember()
@@ -405,6 +405,7 @@ def run_attempt(plan: Plan, results: Path) -> Path:
     except BaseException as error:  # an attempt that dies is recorded, whatever killed it
         facts |= {"status": "died", "error": f"{type(error).__name__}: {error}", "ended": time.time()}
         if workspace is not None and (workspace.root / "baseline.git").exists():
+            workspace.unlink()
             (record / "changes.patch").write_bytes(workspace.diff())
             keep_artefacts(workspace, record)
         if not isinstance(error, Exception):
@@ -420,7 +421,8 @@ def run_attempt(plan: Plan, results: Path) -> Path:
 # ## An attempt, with a shell for an agent
 #
 # The agent here is a shell script that has read the code for us: it greps the lines that it cites, and prints
-# two replies in Claude Code's form. The judging rules stay open, as no judge was named.
+# two replies in Claude Code's form. The judging rules stay open, as no judge was named. Played again, the recorded
+# attempt gives the same verdicts and the same metrics.
 
 # %%
 session = [
@@ -444,9 +446,12 @@ with tempfile.TemporaryDirectory() as results:
     facts = json.loads((record / "attempt.json").read_text())
     print(record.relative_to(results), *sorted(path.name for path in record.iterdir()))
     print((record / "out" / "answer.md").read_text())
+    again = run_attempt(dataclasses.replace(plan, recorded=record), Path(results))
+    played = json.loads((again / "attempt.json").read_text())
 for rule in facts["rules"]:
     print(f"{rule['outcome']:9} {rule['rule']}: {rule['reason']}")
 print(facts["status"], facts["verdict"], facts["metrics"])
+assert played["rules"] == facts["rules"] and played["metrics"] == facts["metrics"]
 assert facts["verdict"] == "UNJUDGED" and facts["metrics"]["turns"] == 2 and facts["metrics"]["context_tokens"] == 1000
 
 # %% [markdown]

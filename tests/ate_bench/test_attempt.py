@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -225,6 +226,26 @@ def test_artefacts_are_kept_but_no_links_and_nothing_huge(toy: Framework, tmp_pa
     assert facts["artefacts_left_out"] == ["big", "link"]
 
 
+@pytest.mark.parametrize("sandbox", [False, pytest.param(True, marks=needs_bwrap)])
+def test_links_out_of_the_workspace_are_not_followed(sandbox: bool, toy: Framework, tmp_path: Path, task):
+    outside = tmp_path / "outside"
+    (outside / "sessions").mkdir(parents=True)
+    for name in ("answer.md", "x.log", "sessions/s.jsonl"):
+        (outside / name).write_text("Verdict: present, of the user, 2026-01-01 00:00:00 2026-01-01 01:00:00")
+    links = f"ln -s {outside} ~/.codex; ln -s {outside} sub; rm -rf $ATE_OUT; ln -s {outside} $ATE_OUT"
+    toy = replace(toy, logs=["*/*.log"])
+    agent = shell(ECHO + links, transcript=".codex/sessions/*.jsonl")
+    folder, facts = attempt(Plan(toy, task, agent, sandbox=sandbox), tmp_path)
+    assert facts["status"] == "finished" and facts["metrics"]["gpu_s"] == 0 and facts["metrics"]["turns"] == 1
+    for path in folder.rglob("*"):
+        assert not path.is_file() or b"of the user" not in path.read_bytes(), path
+    agent = shell(ECHO + f"cd ..; rm -rf repo && ln -s {outside} repo")
+    folder, facts = attempt(Plan(toy, task, agent, sandbox=sandbox), tmp_path)
+    patch = (folder / "changes.patch").read_text()
+    assert "of the user" not in patch and "deleted file" in patch
+    assert (outside / "answer.md").exists()
+
+
 def test_replay_gives_the_same_verdict_and_metrics(toy: Framework, tmp_path: Path, task, capsys):
     script = "echo 'y = 2' > added.py; printf '\\0' > b.bin; echo 'Verdict: present' > $ATE_OUT/answer.md"
     first, facts = attempt(Plan(toy, task, shell(ECHO + script), sandbox=BWRAP), tmp_path)
@@ -343,7 +364,6 @@ def test_the_report_shows_every_attempt(toy: Framework, tmp_path: Path, task):
     assert "data:image/png;base64," in page and "http" not in page  # nothing is fetched
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("before", "after", "reason"),
     [
@@ -352,15 +372,27 @@ def test_the_report_shows_every_attempt(toy: Framework, tmp_path: Path, task):
         ("(a[:, :1] * tokens + a", "(tokens + a", "FAIL output is off by"),
         ("eta[: self.ffn] = 1.0", "pass", "FAIL balance loss is off by"),
         ("chosen.mean(0) * probs.mean(0)", "chosen.mean(0) * probs.mean(0).detach()", "FAIL gradient of"),
+        ("class Matrix", "1 / 0\n\n\nclass Matrix", "FAIL ZeroDivisionError"),
     ],
 )
-def test_the_equations_pass_the_reference_and_no_other(before: str, after: str, reason: str, tmp_path: Path):
+def test_the_equations_pass_the_reference_and_no_other(
+    before: str, after: str, reason: str, tmp_path: Path, monkeypatch, capsys
+):
     code = (HERE / "solutions" / "zero_experts.py").read_text()
     assert before in code
     (tmp_path / "ate_feature.py").write_text(code.replace(before, after) if before else code)
     checker = load_task("feature/zero_experts").folder / "equations.py"
-    done = subprocess.run([sys.executable, str(checker), str(tmp_path)], capture_output=True, text=True)
-    assert done.stdout.strip().splitlines()[-1].startswith(reason), done.stdout + done.stderr
+    monkeypatch.setattr(sys, "argv", [str(checker), str(tmp_path)])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    sys.modules.pop("ate_feature", None)
+    code = 0
+    try:
+        runpy.run_path(str(checker))
+    except SystemExit as end:
+        code = end.code
+    sys.modules.pop("ate_feature", None)
+    said = capsys.readouterr().out.strip().splitlines()[-1]
+    assert said.startswith(reason) and code == (not reason.startswith("PASS")), said
 
 
 def test_frameworks_are_pinned():

@@ -121,8 +121,11 @@ def feature_script(code: str) -> list[Reply]:
 
 def test_a_feature_is_added(tmp_path, monkeypatch):
     script = feature_script(SOLUTION.read_text())
+    said = json.dumps({"type": "result", "result": "PASS: it uses Experts and Decoder"})
+    judge = tmp_path / "judge.toml"
+    judge.write_text(f"name = 'judge'\ncommand = ['echo', '{said}']\nformat = 'claude'\n")
     model = ScriptedModel(script)
-    facts = play(model, "feature/zero_experts", tmp_path, monkeypatch, "--judge", "mini", "--judge-model", "scripted")
+    facts = play(model, "feature/zero_experts", tmp_path / "results", monkeypatch, "--judge", str(judge))
     assert facts["verdict"] == "PASS", facts["rules"]
     assert set(outcomes(facts)) == {"equations", "training", "tests", "reuse"}
     check_metrics(facts, script, gpu=42)
