@@ -419,5 +419,6 @@ def test_a_transfer_needs_the_memory_of_two_tensors_however_large_the_model(tmp_
         assert done.returncode == 0, done.stderr
         peak = float(done.stdout)
         print(f"{way}: {whole:.0f} MiB of weights, largest tensor {largest:.0f} MiB, peak {peak:.0f} MiB")
-        assert 0.9 * largest < peak < 2.3 * largest < 0.4 * whole
+        bookkeeping = 4 / 1024 * len(names)  # names, shapes and places: 4 KiB for each published tensor
+        assert 0.9 * largest < peak < 2.2 * largest + bookkeeping < 0.4 * whole
     assert (folder / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
