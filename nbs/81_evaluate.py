@@ -27,7 +27,7 @@ from pithtrain.models.decoder import Decoder
 from pithtrain.train.baselines import bits_per_byte
 from pithtrain.train.batches import IGNORE, HeldOutBatches
 from pithtrain.train.generate import opening
-from pithtrain.train.run import Run
+from pithtrain.train.run import Run, open_run
 from pithtrain.train.shards import open_shards
 from pithtrain.train.trainer import choose_compute
 
@@ -260,6 +260,30 @@ def choose(run: Run, questions: list[Question], batch: int = 16) -> Choices:
 
 
 # %% [markdown]
+# ## Both of them
+#
+# A run that was imported has no held-out text of its own, until some is prepared for it; where questions are asked,
+# that is no reason to stop.
+
+
+# %%
+#| export
+def evaluate(folder: Path, questions: Path | None = None, batch: int = 16) -> dict[str, dict[str, float]]:
+    """The held-out loss of the run in `folder` where its shards are there, and its score on a file of questions.
+
+    Raises UserError where there is neither, or where the run or a file is broken.
+    """
+    asked = read_questions(questions) if questions else []
+    run = use_accelerator(open_run(folder))
+    result = {}
+    if not asked or (Path(run.config.data.folder) / "manifest.json").is_file():
+        result["held-out text"] = validate(run, folder)._asdict()
+    if asked:
+        result["choices"] = choose(run, asked, batch)._asdict()
+    return result
+
+
+# %% [markdown]
 # ## A model that has learned something
 #
 # A run of a few seconds on three sentences, then asked to end them. It is given its training text on purpose: it
@@ -269,7 +293,6 @@ def choose(run: Run, questions: list[Question], batch: int = 16) -> Choices:
 import tempfile
 
 from pithtrain.config import Config, DataConfig, OptimizerConfig, RunConfig, TrainConfig
-from pithtrain.train.run import open_run
 from pithtrain.train.trainer import train
 
 scratch = tempfile.TemporaryDirectory()
@@ -297,8 +320,8 @@ lines = [
 (here / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 questions = read_questions(here / "questions.jsonl")
 run = open_run(config.path)
-print("trained  ", choose(run, questions))
-print("held out ", validate(run, config.path))
+for what, values in evaluate(config.path, here / "questions.jsonl").items():
+    print(what, values)
 told = json.loads((config.path / "results.json").read_text())["nats_per_token"]["this model"]
 assert abs(validate(run, config.path).loss - told) < 1e-5
 

@@ -4,8 +4,9 @@
 
 # %% auto
 __all__ = ['parse_overrides', 'refuse_overrides', 'check_output', 'save_json', 'train_command', 'launch_command', 'parse_mesh',
-           'verify_command', 'rehearse_command', 'generate_command', 'bench_step_command', 'bench_moe_command',
-           'schedule_command', 'ranged', 'make_parser', 'main']
+           'verify_command', 'rehearse_command', 'generate_command', 'import_command', 'export_command',
+           'evaluate_command', 'bench_step_command', 'bench_moe_command', 'bench_dispatch_command', 'schedule_command',
+           'ranged', 'make_parser', 'main']
 
 # %% ../nbs/90_cli.py #imports@d1b6c74e
 import argparse
@@ -161,6 +162,40 @@ def generate_command(arguments: argparse.Namespace, overrides: list[str]) -> int
     print(text)
     return 0
 
+# %% ../nbs/90_cli.py #import_command@3a7ac679
+def import_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Make a run of a published model's folder."""
+    refuse_overrides(overrides, "import")
+    from pithtrain.hub import import_model
+
+    import_model(arguments.folder, arguments.run)
+    return 0
+
+# %% ../nbs/90_cli.py #export_command@4db4d09f
+def export_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Write a run's newest checkpoint as a published model."""
+    refuse_overrides(overrides, "export")
+    load_run_config(arguments.run)  # a mistake is answered before torch is imported
+    from pithtrain.hub import export_model
+
+    dtype = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", None: ""}[arguments.dtype]
+    export_model(arguments.run, arguments.folder, dtype, int(arguments.shard_gb * 1e9))
+    return 0
+
+# %% ../nbs/90_cli.py #evaluate_command@d1947eb4
+def evaluate_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Print a run's held-out loss, and its score on questions where a file of them is given."""
+    check_output(arguments.json, ".json")
+    refuse_overrides(overrides, "evaluate")
+    load_run_config(arguments.run)
+    from pithtrain.evaluate import evaluate
+
+    result = evaluate(arguments.run, arguments.choices, arguments.batch)
+    for what, values in result.items():
+        print(f"{what}: " + ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in values.items()))
+    save_json(result, arguments.json)
+    return 0
+
 # %% ../nbs/90_cli.py #bench_step_command@838ded44
 def bench_step_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Time a CPU training step beside transformers; print a table, write JSON where asked."""
@@ -184,6 +219,21 @@ def bench_moe_command(arguments: argparse.Namespace, overrides: list[str]) -> in
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = bench_moe(shape_named(arguments.shape), device, entrants(), arguments.rounds)
+    save_json(result, arguments.json)
+    return 0
+
+# %% ../nbs/90_cli.py #bench_dispatch_command@2ddc086b
+def bench_dispatch_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Time expert-parallel dispatch on one device beside the bytes it moves; write JSON where asked."""
+    check_output(arguments.json, ".json")
+    refuse_overrides(overrides, "bench dispatch")
+    import torch
+
+    from pithtrain.bench import bench_dispatch, describe_dispatch, shape_named
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = bench_dispatch(shape_named(arguments.shape), device, repeats=arguments.rounds)
+    print(describe_dispatch(result))
     save_json(result, arguments.json)
     return 0
 
@@ -220,7 +270,7 @@ def ranged(kind: type, low: float) -> object:
     parse.__name__ = kind.__name__
     return parse
 
-# %% ../nbs/90_cli.py #make_parser@3da22d3f
+# %% ../nbs/90_cli.py #make_parser@ed420fda
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets `command` to its function."""
     parser = argparse.ArgumentParser(prog="pithtrain", description=pithtrain.__doc__, allow_abbrev=False)
@@ -286,6 +336,31 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=ranged(int, 0), default=0, help="seed of the draws (default %(default)s)")
     generate.set_defaults(command=generate_command)
 
+    bring = commands.add_parser("import", help="make a run of a published model's folder", allow_abbrev=False)
+    bring.add_argument("folder", type=Path, help="the folder: config.json, safetensors files, tokenizer.json")
+    bring.add_argument("run", type=Path, help="the run's folder to make, runs/NAME")
+    bring.set_defaults(command=import_command)
+
+    export = commands.add_parser("export", help="a run's newest checkpoint as a published model", allow_abbrev=False)
+    export.add_argument("run", type=Path, help="the run's folder, runs/NAME")
+    export.add_argument("folder", type=Path, help="the folder to make")
+    export.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as imported, or float32)"
+    )
+    export.add_argument(
+        "--shard-gb", type=ranged(float, 0.001), default=5.0, help="largest file, in GB (default %(default)s)"
+    )
+    export.set_defaults(command=export_command)
+
+    evaluate = commands.add_parser("evaluate", help="held-out loss and multiple choice", allow_abbrev=False)
+    evaluate.add_argument("run", type=Path, help="the run's folder, runs/NAME")
+    evaluate.add_argument("--choices", type=Path, help="questions: JSON lines of context, choices and answer")
+    evaluate.add_argument(
+        "--batch", type=ranged(int, 1), default=16, help="choices scored at once (default %(default)s)"
+    )
+    evaluate.add_argument("--json", type=Path, help="write the result to this file")
+    evaluate.set_defaults(command=evaluate_command)
+
     bench = commands.add_parser("bench", help="measure speed beside other systems", allow_abbrev=False)
     benches = bench.add_subparsers(required=True, metavar="WHAT")
     step = benches.add_parser("step", help="a CPU training step beside transformers", allow_abbrev=False)
@@ -293,11 +368,15 @@ def make_parser() -> argparse.ArgumentParser:
     step.add_argument("--rounds", type=ranged(int, 1), default=9, help="timed steps of each (default %(default)s)")
     step.add_argument("--json", type=Path, help="write the result to this file")
     step.set_defaults(command=bench_step_command)
-    moe = benches.add_parser("moe", help="one Mixture-of-Experts block, GPU or CPU", allow_abbrev=False)
-    moe.add_argument("--shape", default="qwen3-30b-a3b", help="name of the shape (default %(default)s)")
-    moe.add_argument("--rounds", type=ranged(int, 1), default=20, help="timed rounds (default %(default)s)")
-    moe.add_argument("--json", type=Path, help="write the result to this file")
-    moe.set_defaults(command=bench_moe_command)
+    for name, command, what in (
+        ("moe", bench_moe_command, "one Mixture-of-Experts block, GPU or CPU"),
+        ("dispatch", bench_dispatch_command, "expert-parallel dispatch on one device, GPU or CPU"),
+    ):
+        block = benches.add_parser(name, help=what, allow_abbrev=False)
+        block.add_argument("--shape", default="qwen3-30b-a3b", help="name of the shape (default %(default)s)")
+        block.add_argument("--rounds", type=ranged(int, 1), default=20, help="timed rounds (default %(default)s)")
+        block.add_argument("--json", type=Path, help="write the result to this file")
+        block.set_defaults(command=command)
 
     schedule = commands.add_parser("schedule", help="a pipeline schedule as a table and a picture", allow_abbrev=False)
     schedule.add_argument("--kind", default="dualpipev", help="the schedule (default %(default)s)")

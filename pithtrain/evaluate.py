@@ -4,9 +4,9 @@
 
 # %% auto
 __all__ = ['Validation', 'use_accelerator', 'validate', 'Likelihood', 'likelihoods', 'score', 'Question', 'read_questions',
-           'encode_pair', 'Choices', 'choose']
+           'encode_pair', 'Choices', 'choose', 'evaluate']
 
-# %% ../nbs/81_evaluate.py #imports@05e6055e
+# %% ../nbs/81_evaluate.py #imports@3dcb8acd
 import json
 import math
 from dataclasses import replace
@@ -22,7 +22,7 @@ from .models.decoder import Decoder
 from .train.baselines import bits_per_byte
 from .train.batches import IGNORE, HeldOutBatches
 from .train.generate import opening
-from .train.run import Run
+from .train.run import Run, open_run
 from .train.shards import open_shards
 from .train.trainer import choose_compute
 
@@ -173,3 +173,18 @@ def choose(run: Run, questions: list[Question], batch: int = 16) -> Choices:
         for kind, values in enumerate((scores, per_byte)):
             right[kind] += values.index(max(values)) == question.answer
     return Choices(len(questions), *(count / len(questions) for count in right))
+
+# %% ../nbs/81_evaluate.py #evaluate@f8e910d5
+def evaluate(folder: Path, questions: Path | None = None, batch: int = 16) -> dict[str, dict[str, float]]:
+    """The held-out loss of the run in `folder` where its shards are there, and its score on a file of questions.
+
+    Raises UserError where there is neither, or where the run or a file is broken.
+    """
+    asked = read_questions(questions) if questions else []
+    run = use_accelerator(open_run(folder))
+    result = {}
+    if not asked or (Path(run.config.data.folder) / "manifest.json").is_file():
+        result["held-out text"] = validate(run, folder)._asdict()
+    if asked:
+        result["choices"] = choose(run, asked, batch)._asdict()
+    return result

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import families
@@ -14,8 +15,9 @@ import test_qwen3_5_moe
 import test_qwen3_moe
 import torch
 
+from pithtrain.cli import main
 from pithtrain.config import Config, DataConfig, Qwen3MoeConfig, RunConfig, TrainConfig, UserError
-from pithtrain.evaluate import Question, choose, encode_pair, likelihoods, read_questions, validate
+from pithtrain.evaluate import Question, choose, encode_pair, evaluate, likelihoods, read_questions, validate
 from pithtrain.harness import HarnessModel
 from pithtrain.train.generate import generate, opening
 from pithtrain.train.run import Run, open_run
@@ -114,6 +116,29 @@ def test_validation_is_that_of_the_trainer(trained):
     assert found.loss == pytest.approx(told["nats_per_token"]["this model"], rel=1e-6)
     assert found.bits_per_byte == pytest.approx(told["bits_per_byte"]["this model"], rel=1e-6)
     assert found.perplexity == pytest.approx(math.exp(found.loss))
+
+
+def test_the_command_prints_and_writes_both(trained, tmp_path, capsys):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"context": "the cat", "choices": [" sat", " xyz"], "answer": 0}\n')
+    assert main(["evaluate", str(trained), "--choices", str(questions), "--json", str(tmp_path / "out.json")]) == 0
+    found, said = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
+    assert found["held-out text"] == validate(open_run(trained), trained)._asdict()
+    assert found["choices"]["questions"] == 1 and "held-out text: loss " in said and "choices: questions 1" in said
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert "not a run" in capsys.readouterr().err
+
+
+def test_without_shards_questions_are_still_answered(trained, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    shutil.copytree(trained, moved)
+    text = (moved / "config.toml").read_text()
+    (moved / "config.toml").write_text(text.replace(str(trained.parent / "data"), str(tmp_path / "none")))
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"context": "the cat", "choices": [" sat", " xyz"], "answer": 0}\n')
+    assert evaluate(moved, questions).keys() == {"choices"}
+    assert main(["evaluate", str(moved)]) == 2
+    assert "no token shards here" in capsys.readouterr().err
 
 
 def test_a_pair_is_encoded_as_its_text_is(small_run):

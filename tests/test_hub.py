@@ -17,6 +17,7 @@ import test_qwen3_moe
 import torch
 from safetensors.torch import load_file, save_file
 
+from pithtrain.cli import main
 from pithtrain.config import Config, Qwen3MoeConfig, RunConfig, UserError, load_config, to_toml
 from pithtrain.hub import cut_shards, export_model, import_model, unpack_mxfp4
 from pithtrain.models.build import build
@@ -364,6 +365,18 @@ def test_tokenizer_and_settings_beside_the_weights_travel(tmp_path):
     found = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (found["eos_token_id"], found["max_position_embeddings"]) == (7, 123)
     assert load_config(tmp_path / "run" / "config.toml").train.sequence_length == 123
+
+
+def test_the_commands(tmp_path, capsys):
+    make_run(SMALL, tmp_path / "run")
+    small = ["--dtype", "bfloat16", "--shard-gb", "0.001"]
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), *small]) == 0
+    assert main(["import", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "Qwen3MoeForCausalLM of step 3" in said[0] and "mostly BF16" in said[1] and len(said) == 2
+    assert {t.dtype for t in tensors_of(tmp_path / "out").values()} == {torch.bfloat16}
+    assert main(["import", str(tmp_path / "out"), str(tmp_path / "back")]) == 2
+    assert "back: exists; choose another name" in capsys.readouterr().err
 
 
 def test_shards_are_cut_where_they_would_grow_too_large():
