@@ -227,6 +227,14 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
 
 # %%
 #| export
+def end_of_text(tokenizer: Tokenizer) -> int | None:
+    """The number of the token that ends a text: ours, or that of a published model (DeepSeek's has another name)."""
+    ids = (tokenizer.token_to_id(name) for name in (END_OF_TEXT, "<｜end▁of▁sentence｜>"))
+    return next((number for number in ids if number is not None), None)
+
+
+# %%
+#| export
 def load_tokenizer(path: Path) -> Tokenizer:
     """Read a `tokenizer.json`. Raises UserError when it is missing, broken, or has no end-of-text token."""
     if not path.is_file():
@@ -236,7 +244,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception for a file that it cannot parse
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not a readable tokenizer ({reason}): restore it or prepare again") from None
-    if tokenizer.token_to_id(END_OF_TEXT) is None:
+    if end_of_text(tokenizer) is None:
         raise UserError(f"{path}: has no {END_OF_TEXT} token: give the tokenizer.json of a prepared corpus")
     return _text_is_only_text(tokenizer)
 

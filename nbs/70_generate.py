@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from pithtrain.models.decoder import Decoder
-from pithtrain.train.tokenizer import END_OF_TEXT
+from pithtrain.train.tokenizer import end_of_text
 
 
 # %%
@@ -161,7 +161,7 @@ fig
 #| export
 def opening(tokenizer: Tokenizer) -> list[int]:
     """The tokens that stand before any text."""
-    return tokenizer.encode("").ids or [tokenizer.token_to_id(END_OF_TEXT)]
+    return tokenizer.encode("").ids or [end_of_text(tokenizer)]
 
 
 # %%
@@ -177,7 +177,7 @@ def generate(
     seed: int = 0,
 ) -> str:
     """`prompt` followed by up to `tokens` drawn tokens; ends early at an end-of-text token. `context`: see `decode`."""
-    end, generator = tokenizer.token_to_id(END_OF_TEXT), torch.Generator().manual_seed(seed)
+    end, generator = end_of_text(tokenizer), torch.Generator().manual_seed(seed)
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     drawn: list[int] = []
     choices = decode(

@@ -25,7 +25,7 @@ import torch
 from pithtrain.evaluate import encode_pair, likelihoods, use_accelerator
 from pithtrain.train.generate import decode, opening, pick
 from pithtrain.train.run import Run
-from pithtrain.train.tokenizer import END_OF_TEXT
+from pithtrain.train.tokenizer import end_of_text
 
 # %%
 #| export
@@ -77,7 +77,7 @@ class HarnessModel(LM):
         tokenizer, until = self.run.tokenizer, settings.get("until") or []
         until = [until] if isinstance(until, str) else until
         temperature = settings.get("temperature", 1.0) if settings.get("do_sample") else 0.0
-        generator, end, drawn, text = torch.Generator().manual_seed(0), tokenizer.token_to_id(END_OF_TEXT), [], ""
+        generator, end, drawn, text = torch.Generator().manual_seed(0), end_of_text(tokenizer), [], ""
         ids = opening(tokenizer) + tokenizer.encode(context, add_special_tokens=False).ids
         for token in decode(
             self.run.model,

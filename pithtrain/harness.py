@@ -5,7 +5,7 @@
 # %% auto
 __all__ = ['HarnessModel']
 
-# %% ../nbs/82_harness.py #imports@daa8d1f0
+# %% ../nbs/82_harness.py #imports@9e814bbc
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from .evaluate import encode_pair, likelihoods, use_accelerator
 from .train.generate import decode, opening, pick
 from .train.run import Run
-from .train.tokenizer import END_OF_TEXT
+from .train.tokenizer import end_of_text
 
 # %% ../nbs/82_harness.py #imports-2@28772150
 try:
@@ -21,7 +21,7 @@ try:
 except ImportError:  # the extra `eval`: without it the class below works, but no harness is there to use it
     LM = object
 
-# %% ../nbs/82_harness.py #HarnessModel@16f5cc7d
+# %% ../nbs/82_harness.py #HarnessModel@dea57462
 class HarnessModel(LM):
     """A run as the harness sees it; `batch` rows are computed at once."""
 
@@ -58,7 +58,7 @@ class HarnessModel(LM):
         tokenizer, until = self.run.tokenizer, settings.get("until") or []
         until = [until] if isinstance(until, str) else until
         temperature = settings.get("temperature", 1.0) if settings.get("do_sample") else 0.0
-        generator, end, drawn, text = torch.Generator().manual_seed(0), tokenizer.token_to_id(END_OF_TEXT), [], ""
+        generator, end, drawn, text = torch.Generator().manual_seed(0), end_of_text(tokenizer), [], ""
         ids = opening(tokenizer) + tokenizer.encode(context, add_special_tokens=False).ids
         for token in decode(
             self.run.model,

@@ -9,9 +9,10 @@ import test_gpt_oss
 import test_qwen3_5_moe
 import test_qwen3_moe
 import torch
+from tokenizers import processors
 
 from pithtrain.train.generate import decode, generate, opening, pick
-from pithtrain.train.tokenizer import END_OF_TEXT, train_tokenizer
+from pithtrain.train.tokenizer import END_OF_TEXT, end_of_text, load_tokenizer, train_tokenizer
 
 FAMILIES = {
     "qwen3-moe": test_qwen3_moe.SHAPES["untied"][0],
@@ -103,3 +104,14 @@ def test_generate_ends_at_end_of_text_and_repeats_with_its_seed():
 def test_pick_takes_the_likeliest(temperature, top_k):
     logits = torch.tensor([0.0, 3.0, 1.0])
     assert pick(logits, temperature, top_k, torch.Generator()) == 1
+
+
+def test_the_tokenizer_of_another_model_opens_and_ends_texts_its_way(tmp_path):
+    tokenizer = train_tokenizer(["def run(): return 1\n"] * 50, vocab_size=270)
+    text = tokenizer.to_str().replace(END_OF_TEXT, "<｜end▁of▁sentence｜>")
+    (tmp_path / "tokenizer.json").write_text(text)
+    theirs = load_tokenizer(tmp_path / "tokenizer.json")
+    assert end_of_text(theirs) == end_of_text(tokenizer) == 0
+    assert opening(theirs) == [0]
+    theirs.post_processor = processors.TemplateProcessing(single="d $A", special_tokens=[("d", 7)])
+    assert opening(theirs) == [7]

@@ -5,7 +5,7 @@
 # %% auto
 __all__ = ['pick', 'decode', 'opening', 'generate']
 
-# %% ../../nbs/70_generate.py #imports@39eb1eaa
+# %% ../../nbs/70_generate.py #imports@5270506b
 from collections.abc import Callable, Iterator
 
 import torch
@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..models.decoder import Decoder
-from .tokenizer import END_OF_TEXT
+from .tokenizer import end_of_text
 
 # %% ../../nbs/70_generate.py #pick@f0de278e
 def pick(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
@@ -45,12 +45,12 @@ def decode(model: Decoder, tokens: list[int], context: int, choose: Callable[[Te
         seen, unread = seen + unread, [token]
         yield token
 
-# %% ../../nbs/70_generate.py #opening@d5d7a19a
+# %% ../../nbs/70_generate.py #opening@9dc04dcc
 def opening(tokenizer: Tokenizer) -> list[int]:
     """The tokens that stand before any text."""
-    return tokenizer.encode("").ids or [tokenizer.token_to_id(END_OF_TEXT)]
+    return tokenizer.encode("").ids or [end_of_text(tokenizer)]
 
-# %% ../../nbs/70_generate.py #generate@cfb0d9b1
+# %% ../../nbs/70_generate.py #generate@b45010b0
 def generate(
     model: Decoder,
     tokenizer: Tokenizer,
@@ -62,7 +62,7 @@ def generate(
     seed: int = 0,
 ) -> str:
     """`prompt` followed by up to `tokens` drawn tokens; ends early at an end-of-text token. `context`: see `decode`."""
-    end, generator = tokenizer.token_to_id(END_OF_TEXT), torch.Generator().manual_seed(seed)
+    end, generator = end_of_text(tokenizer), torch.Generator().manual_seed(seed)
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     drawn: list[int] = []
     choices = decode(
