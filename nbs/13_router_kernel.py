@@ -66,7 +66,7 @@ def reference_route(
     expert_ids = chosen.topk(top_k).indices
     weights = probs.gather(1, expert_ids)
     if renormalise:
-        weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # a bias can choose scores that are all 0
     counts = torch.bincount(expert_ids.flatten(), minlength=len(router_weight)).int()
     return Routing(weights * scale, expert_ids, probs, counts)
 
@@ -131,7 +131,7 @@ def route_kernel(
     taken = (left == float("-inf")) & (e[None, :] < E) & (t[:, None] < T)
     tl.atomic_add(count_ptr + e, tl.sum(taken.to(tl.int32), 0), mask=e < E, sem="relaxed")
     if RENORMALISE:
-        weights = weights / tl.sum(weights, 1)[:, None]
+        weights = weights / (tl.sum(weights, 1)[:, None] + 1e-20)  # a bias can choose scores that are all 0
     at = t[:, None] * K + j[None, :]
     mask = (t[:, None] < T) & (j[None, :] < K)
     tl.store(weights_ptr + at, weights * scale, mask=mask)

@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pithtrain.kernels.lang import runs_triton
+from pithtrain.kernels.router import triton_route
+
 # %% [markdown]
 # ## The maths
 #
@@ -122,8 +125,9 @@ fig
 # ## The layer
 #
 # The bias is a buffer, not a parameter: no gradient reaches it. It is saved with the model, because
-# leaving it out would route a resumed run differently. ([One kernel](13_router_kernel.py) does all of `route`
-# on a GPU.)
+# leaving it out would route a resumed run differently. On a GPU [one kernel](13_router_kernel.py) does all of
+# `route`. It multiplies numbers of one dtype, so the weight is rounded to that of the tokens, as all others are;
+# products are added up, and everything after them is computed, in float32 all the same.
 
 
 # %%
@@ -139,6 +143,9 @@ class Router(nn.Module):
 
     def forward(self, tokens: Tensor) -> Routed:
         """Route `tokens` (T, hidden)."""
+        if tokens.is_cuda and runs_triton(tokens) and tokens.dtype != torch.float64:
+            weight = self.weight.to(tokens.dtype)
+            return Routed(*triton_route(tokens, weight, self.top_k, self.bias, self.renormalise)[:3])
         return route(tokens, self.weight, self.bias, self.top_k, self.renormalise)
 
 

@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pithtrain.kernels.expert_mlp import triton_expert_mlp
+from pithtrain.kernels.lang import runs_triton
+
 # %% [markdown]
 # ## The maths
 #
@@ -204,7 +207,21 @@ print(f"{'one dense product':16} {'':9} {2 * 1024**3 / min(times) / 1e9:6.0f} GF
 # %% [markdown]
 # ## The layer
 #
-# The same plan, with all experts at once, is what the [Triton kernels](12_expert_mlp.py) carry out on a GPU.
+# The same plan, with all experts at once, is what the [Triton kernels](12_expert_mlp.py) carry out on a GPU. They
+# fetch weights in pieces of 16 bytes, so rows must be a multiple of that: 8 features in bf16. What they cannot take,
+# odd widths and float64, goes expert by expert on a GPU too; that is right, slow, and makes the host wait.
+
+
+# %%
+#| export
+def kernels_take(tokens: Tensor, expert_hidden: int) -> bool:
+    """Whether the kernels compute experts of this width for `tokens` (T, H)."""
+    aligned = all(width * tokens.element_size() % 16 == 0 for width in (tokens.shape[1], expert_hidden))
+    return tokens.is_cuda and runs_triton(tokens) and aligned and tokens.dtype != torch.float64
+
+
+# %%
+print("the kernels take these tokens:", kernels_take(tokens, D))
 
 
 # %%
@@ -223,7 +240,8 @@ class Experts(nn.Module):
         `expert_ids` (T, K), -1 for a pair that is not computed here; `weights` (T, K), fp32.
         """
         gate_up, down = self.gate_up.to(tokens.dtype), self.down.to(tokens.dtype)
-        return ExpertMLP.apply(tokens, expert_ids, weights, gate_up, down)
+        run = triton_expert_mlp if kernels_take(tokens, down.shape[2]) else ExpertMLP.apply
+        return run(tokens, expert_ids, weights, gate_up, down)
 
 
 # %%

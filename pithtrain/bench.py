@@ -5,9 +5,10 @@
 # %% auto
 __all__ = ['SHAPES', 'Block', 'Shape', 'shape_named', 'shape_for', 'Problem', 'make_problem', 'Entrant', 'pithtrain_block',
            'grouped', 'torch_block', 'transformers_block', 'skewed_ids', 'skewed_block', 'entrants', 'floor_products',
-           'median_ms', 'one_pass', 'peak_gib', 'bench_moe', 'table']
+           'median_ms', 'one_pass', 'peak_gib', 'bench_moe', 'table', 'graph_of', 'exchange_block', 'bench_dispatch',
+           'describe_dispatch']
 
-# %% ../nbs/85_bench.py #imports@01e9f494
+# %% ../nbs/85_bench.py #imports@f2514ec9
 import datetime
 import importlib.metadata
 import importlib.util
@@ -17,13 +18,18 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from .config import UserError
+from .kernels.dispatch import gather_sum, plan_rows, reference_gather_sum, reference_plan_rows
 from .kernels.expert_mlp import expert_mlp
 from .kernels.router import route
 from .layers.experts import ExpertMLP
+from .layers.router import Routed
+from .models.stages import AtHome, Exchange
+from .parallel.expert import ExpertExchange
 
 # %% ../nbs/85_bench.py #Shape@e4011695
 class Shape(NamedTuple):
@@ -318,4 +324,97 @@ def table(result: dict) -> str:
         lines.append(
             f"{row['name']:34}{row['ms']:9.2f}{row['ratio_to_floor']:10.2f}{row['tflops']:9.2f}{peak:>10}{differs:>10}"
         )
+    return "\n".join(lines)
+
+# %% ../nbs/85_bench.py #graph_of@c889169c
+def graph_of(run: Callable[[], object]) -> Callable[[], object]:
+    """A function that replays what `run` launches on the GPU."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def exchange_block(problem: Problem, exchange: Exchange) -> Block:
+    """Our block with its tokens going out and home through `exchange`."""
+    mlp = expert_mlp if problem.tokens.is_cuda else ExpertMLP.apply
+
+    def block(tokens: Tensor) -> Tensor:
+        routing = route(tokens, problem.router, problem.shape.top_k)
+        arrived, journey = exchange.dispatch(tokens, Routed(*routing[:3]))
+        output = mlp(arrived.tokens, arrived.expert_ids, arrived.weights, problem.gate_up, problem.down)
+        return exchange.combine(output, journey)
+
+    return block
+
+# %% ../nbs/85_bench.py #bench_dispatch@f86d048b
+def bench_dispatch(shape: Shape, device: torch.device, ranks: int = 8, repeats: int = 20) -> dict:
+    """Measure dispatch's kernels for one of `ranks` and the block through a group of one; ready for JSON.
+
+    This process must have no process group.
+    """
+    shape, measured = shape_for(shape, device)
+    problem, cuda = make_problem(shape, device), device.type == "cuda"
+    T, H, K = shape.tokens, shape.hidden, shape.top_k
+    with torch.no_grad():
+        ids = route(problem.tokens, problem.router, K).expert_ids
+    own = shape.experts // ranks
+    plan, true = plan_rows(ids, own, ranks), reference_plan_rows(ids, own, ranks)
+    P, rows, slots = len(true.rows), true.rows, plan.slots
+    values = torch.randn(P, H, device=device, dtype=problem.tokens.dtype)
+    plan_bytes = 8 * T * K + 4 * T * ranks + 8 * P + 8 * P * K + 8 * ranks  # ids in; slots, rows, local ids, counts out
+    sum_bytes = (P + T) * H * values.element_size() + 4 * T * ranks
+    kernels = []
+    for name, run, moved, captured in (
+        ("plan_rows", lambda: plan_rows(ids, own, ranks), plan_bytes, cuda),
+        ("plan_rows in PyTorch", lambda: reference_plan_rows(ids, own, ranks), plan_bytes, False),
+        ("gather_sum", lambda: gather_sum(values, rows, slots), sum_bytes, cuda),
+        ("gather_sum in PyTorch", lambda: reference_gather_sum(values, rows, slots), sum_bytes, False),
+    ):
+        row = {"name": name, "bytes": moved, "ms": median_ms(run, device, repeats)}
+        kernels.append(row | {"ms_graph": median_ms(graph_of(run), device, repeats) if captured else None})
+    dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        exchanges = {"at home": AtHome(), "through a group of one": ExpertExchange(dist.group.WORLD)}
+        blocks = []
+        for name, exchange in exchanges.items():
+            block = exchange_block(problem, exchange)
+            row = {"name": name, "peak_gib": peak_gib(block, problem)}
+            blocks.append(row | {"ms": median_ms(lambda block=block: one_pass(block, problem), device, repeats)})
+    finally:
+        dist.destroy_process_group()
+    packages = ["torch", "triton"]
+    return {
+        "what": "expert-parallel dispatch: kernels for one rank of several, and the MoE block, forward and backward",
+        "measured": measured,
+        "date": datetime.date.today().isoformat(),
+        "versions": {p: importlib.metadata.version(p) for p in packages if importlib.util.find_spec(p)},
+        "shape": shape._asdict(),
+        "ranks": ranks,
+        "rows": P,
+        "kernels": kernels,
+        "blocks": blocks,
+    }
+
+# %% ../nbs/85_bench.py #describe_dispatch@c51e36af
+def describe_dispatch(result: dict, bytes_per_second: float = 3.35e12) -> str:
+    """The result of `bench_dispatch` as lines of text, bytes beside their time at a memory's speed (an H100's)."""
+    s = result["shape"]
+    lines = [
+        f"{s['tokens']} tokens, top_k {s['top_k']} of {s['experts']} experts, {result['ranks']} ranks, "
+        f"{result['rows']} rows of {s['hidden']}; {result['measured']}",
+        f"{'':24}{'MB':>8}{f'us at {bytes_per_second / 1e12} TB/s':>18}{'us, graph':>12}{'us, launched':>14}",
+    ]
+    for row in result["kernels"]:
+        graph = "" if row["ms_graph"] is None else f"{1e3 * row['ms_graph']:.1f}"
+        least = 1e6 * row["bytes"] / bytes_per_second
+        lines.append(f"{row['name']:24}{row['bytes'] / 1e6:8.2f}{least:18.1f}{graph:>12}{1e3 * row['ms']:14.1f}")
+    for row in result["blocks"]:
+        peak = "" if row["peak_gib"] is None else f", peak {row['peak_gib']:.2f} GiB"
+        lines.append(f"block {row['name']:24}{row['ms']:8.2f} ms{peak}")
     return "\n".join(lines)

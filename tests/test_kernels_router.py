@@ -62,6 +62,16 @@ def test_equal_scores_choose_different_experts():
     assert got.counts.tolist() == [5, 5, 5, 0, 0, 0]
 
 
+def test_scores_that_underflow_get_no_weight():
+    """A bias can choose experts whose probabilities are exactly zero: their weights are 0, not 0 / 0."""
+    x, r = torch.full((5, 16), 10.0, device=DEVICE), torch.zeros(6, 16, device=DEVICE)
+    r[0] = 10.0
+    bias = torch.tensor([0.0, 0, 0, 5, 5, 0], device=DEVICE)
+    for run in (triton_route, reference_route):
+        got = run(x, r, 2, bias=bias)
+        assert got.expert_ids.sort().values.tolist() == [[3, 4]] * 5 and not got.weights.any()
+
+
 def test_nan_names_only_experts_that_exist():
     got = triton_route(torch.full((5, 16), float("nan"), device=DEVICE), torch.ones(6, 16, device=DEVICE), 3)
     assert int(got.expert_ids.min()) >= 0 and int(got.expert_ids.max()) < 6

@@ -359,3 +359,40 @@ def test_size_of_first_weights():
             expected = 0.02 / 4 if "output" in n or "down" in n else 0.02
             assert p.std().item() == pytest.approx(expected, rel=6 / p.numel() ** 0.5), n
             assert abs(p.mean().item()) < 6 * expected / p.numel() ** 0.5, n
+
+
+@pytest.mark.gpu
+def test_gpu_kernels_of_experts_and_router_change_only_rounding(monkeypatch):
+    """Loss and all gradients of a bf16 model on the GPU, by the kernels and by the CPU's plan on the same device."""
+    from pithtrain.layers import experts, router
+
+    config = Qwen3MoeConfig(
+        hidden=256, heads=4, head_dim=64, experts=16, top_k=4, expert_hidden=128, vocab_size=512, layers=3, init_std=0.1
+    )
+    ids = torch.randint(512, (4, 257), generator=torch.Generator().manual_seed(0)).cuda()
+    calls = []
+
+    def run(takes):
+        counted = lambda kernel: lambda *a, **k: (calls.append(kernel), kernel(*a, **k))[1]  # noqa: E731
+        with monkeypatch.context() as patch:
+            patch.setattr(experts, "triton_expert_mlp", counted(experts.triton_expert_mlp))
+            patch.setattr(router, "triton_route", counted(router.triton_route))
+            if not takes:
+                patch.setattr(experts, "kernels_take", lambda *_: False)
+                patch.setattr(router, "runs_triton", lambda _: False)
+            model = qwen3_moe(config, Place(dtype=torch.bfloat16)).cuda()
+            initialise(model, 0)
+            for layer in model.layers.values():  # what the kernel takes, so that both choose the same experts
+                layer.router.weight.data = layer.router.weight.data.bfloat16().float()
+            loss = model(ids[:, :-1], torch.arange(256, device="cuda"), targets=ids[:, 1:])[0]
+            loss.backward()
+        return loss.item(), {name: p.grad.double() for name, p in model.named_parameters()}
+
+    loss, grads = run(True)
+    assert len(calls) == 2 * config.layers
+    true_loss, true = run(False)
+    assert len(calls) == 2 * config.layers
+    errors = {name: ((grads[name] - g).norm() / g.norm()).item() for name, g in true.items()}
+    print(f"loss {loss} and {true_loss}; largest difference of a gradient {max(errors.values()):.1e}")
+    assert abs(loss / true_loss - 1) < 1e-3
+    assert max(errors.values()) < 5e-2, errors

@@ -22,7 +22,7 @@ class Routing(NamedTuple):
     probs: Tensor  #: (T, E) fp32, softmax or sigmoid scores, differentiable, for balance losses
     counts: Tensor  #: (E,) int32, how many tokens chose each expert
 
-# %% ../../nbs/13_router_kernel.py #reference_route@8f220ecf
+# %% ../../nbs/13_router_kernel.py #reference_route@5c4463f0
 def reference_route(
     hidden: Tensor, router_weight: Tensor, top_k: int, bias: Tensor | None = None,
     renormalise: bool = True, sigmoid: bool = False, scale: float = 1.0,
@@ -35,11 +35,11 @@ def reference_route(
     expert_ids = chosen.topk(top_k).indices
     weights = probs.gather(1, expert_ids)
     if renormalise:
-        weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # a bias can choose scores that are all 0
     counts = torch.bincount(expert_ids.flatten(), minlength=len(router_weight)).int()
     return Routing(weights * scale, expert_ids, probs, counts)
 
-# %% ../../nbs/13_router_kernel.py #route_kernel@323ac708
+# %% ../../nbs/13_router_kernel.py #route_kernel@91f1c76d
 @triton.jit
 def route_kernel(
     x_ptr, weight_ptr, bias_ptr, weights_ptr, id_ptr, prob_ptr, count_ptr, T, scale,
@@ -82,7 +82,7 @@ def route_kernel(
     taken = (left == float("-inf")) & (e[None, :] < E) & (t[:, None] < T)
     tl.atomic_add(count_ptr + e, tl.sum(taken.to(tl.int32), 0), mask=e < E, sem="relaxed")
     if RENORMALISE:
-        weights = weights / tl.sum(weights, 1)[:, None]
+        weights = weights / (tl.sum(weights, 1)[:, None] + 1e-20)  # a bias can choose scores that are all 0
     at = t[:, None] * K + j[None, :]
     mask = (t[:, None] < T) & (j[None, :] < K)
     tl.store(weights_ptr + at, weights * scale, mask=mask)

@@ -5,12 +5,15 @@
 # %% auto
 __all__ = ['TINY', 'Routed', 'route', 'Router', 'choose_in_groups', 'GroupRouter']
 
-# %% ../../nbs/20_router.py #imports@24626851
+# %% ../../nbs/20_router.py #imports@819100ba
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..kernels.lang import runs_triton
+from ..kernels.router import triton_route
 
 # %% ../../nbs/20_router.py #Routed@d828b165
 class Routed(NamedTuple):
@@ -33,7 +36,7 @@ def route(tokens: Tensor, weight: Tensor, bias: Tensor, top_k: int, renormalise:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + TINY)
     return Routed(weights, expert_ids, probs)
 
-# %% ../../nbs/20_router.py #Router@d17e1368
+# %% ../../nbs/20_router.py #Router@542b497d
 class Router(nn.Module):
     """Softmax router of `experts` experts over `hidden` features, choosing `top_k` for each token."""
 
@@ -45,6 +48,9 @@ class Router(nn.Module):
 
     def forward(self, tokens: Tensor) -> Routed:
         """Route `tokens` (T, hidden)."""
+        if tokens.is_cuda and runs_triton(tokens) and tokens.dtype != torch.float64:
+            weight = self.weight.to(tokens.dtype)
+            return Routed(*triton_route(tokens, weight, self.top_k, self.bias, self.renormalise)[:3])
         return route(tokens, self.weight, self.bias, self.top_k, self.renormalise)
 
 # %% ../../nbs/20_router.py #choose_in_groups@a22c9f58
