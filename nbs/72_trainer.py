@@ -189,8 +189,11 @@ def run_steps(config: Config, mesh: Mesh, dtype: torch.dtype, shards: Shards, ba
     learner = Learner(config, mesh, dtype)
     saved = checkpoint_steps(folder / "checkpoints")
     first = saved[-1] if saved else 0
-    if first:
-        read_checkpoint(checkpoint_path(folder / "checkpoints", first), learner.state())
+    if saved:
+        state = learner.state()
+        if not first:  # an imported model: weights alone
+            state = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
+        read_checkpoint(checkpoint_path(folder / "checkpoints", first), state)
         learner.resume(first)
     if first_rank:
         print(describe_run(config, mesh, dtype, first))

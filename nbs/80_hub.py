@@ -393,18 +393,8 @@ def config_table(run: Path, config: Config, dtype: str) -> dict[str, Any]:
         imported = imported.get("text_config", imported)
         table |= {key: value for key, value in imported.items() if key not in OLD_KEYS}
     else:
-        table |= {"bos_token_id": None, "eos_token_id": end_of_text(run)}
+        table |= {"bos_token_id": None, "eos_token_id": 0}  # a tokenizer that is made here begins with end-of-text
     return table | table_from(config.model) | {"torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
-
-
-# %%
-#| export
-def end_of_text(run: Path) -> int | None:
-    """The number of the end-of-text token of the run's tokenizer."""
-    if not (run / "tokenizer.json").is_file():
-        return None
-    added = json.loads((run / "tokenizer.json").read_text())["added_tokens"]
-    return next((token["id"] for token in added if token["content"] == END_OF_TEXT), None)
 
 
 # %%
@@ -415,10 +405,10 @@ def write_settings(run: Path, folder: Path, config: Config, dtype: str) -> None:
     if (run / "tokenizer.json").is_file():
         shutil.copyfile(run / "tokenizer.json", folder / "tokenizer.json")
     if not (run / "published").is_dir():
-        end, length = end_of_text(run), config.train.sequence_length
+        length = config.train.sequence_length
         tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "model_max_length": length}
-        tables = {"generation_config.json": {"eos_token_id": end}}
-        for name, table in (tables if end is None else tables | {"tokenizer_config.json": tokenizer}).items():
+        tables = {"generation_config.json": {"eos_token_id": 0}, "tokenizer_config.json": tokenizer}
+        for name, table in tables.items():
             (folder / name).write_text(json.dumps(table, indent=2) + "\n")
     for name in BESIDE_WEIGHTS:
         if (run / "published" / name).is_file():
@@ -542,6 +532,7 @@ assert not (here / "third").exists()
 # what it was before. (Linux keeps that figure, and starts it anew where asked.)
 
 # %%
+import ctypes
 import gc
 
 
@@ -556,6 +547,7 @@ def peak(transfer, *arguments):
 
 def resident():
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system, or the next peak would not show
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
 
 

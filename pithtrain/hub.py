@@ -5,7 +5,7 @@
 # %% auto
 __all__ = ['DTYPES', 'BESIDE_WEIGHTS', 'OLD_KEYS', 'unpack_mxfp4', 'Stored', 'stored_tensors', 'fill', 'read_config', 'misfits',
            'OneByOne', 'whole_or_not', 'import_model', 'Entry', 'cut_shards', 'to_bytes', 'write_shard', 'config_table',
-           'end_of_text', 'write_settings', 'export_model']
+           'write_settings', 'export_model']
 
 # %% ../nbs/80_hub.py #imports@afa67e78
 import json
@@ -289,7 +289,7 @@ def write_shard(path: Path, entries: list[Entry], tensors: Iterator[Tensor]) -> 
 OLD_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "quantization_config", "dtype",
             "auto_map", "num_local_experts", "full_attention_interval", "transformers_version")  # fmt: skip
 
-# %% ../nbs/80_hub.py #config_table@a76e45cd
+# %% ../nbs/80_hub.py #config_table@5751260b
 def config_table(run: Path, config: Config, dtype: str) -> dict[str, Any]:
     """The config.json of an export."""
     table, path = {"max_position_embeddings": config.train.sequence_length}, run / "published" / "config.json"
@@ -298,28 +298,20 @@ def config_table(run: Path, config: Config, dtype: str) -> dict[str, Any]:
         imported = imported.get("text_config", imported)
         table |= {key: value for key, value in imported.items() if key not in OLD_KEYS}
     else:
-        table |= {"bos_token_id": None, "eos_token_id": end_of_text(run)}
+        table |= {"bos_token_id": None, "eos_token_id": 0}  # a tokenizer that is made here begins with end-of-text
     return table | table_from(config.model) | {"torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
 
-# %% ../nbs/80_hub.py #end_of_text@3bcb789d
-def end_of_text(run: Path) -> int | None:
-    """The number of the end-of-text token of the run's tokenizer."""
-    if not (run / "tokenizer.json").is_file():
-        return None
-    added = json.loads((run / "tokenizer.json").read_text())["added_tokens"]
-    return next((token["id"] for token in added if token["content"] == END_OF_TEXT), None)
-
-# %% ../nbs/80_hub.py #write_settings@64602aee
+# %% ../nbs/80_hub.py #write_settings@600e4efa
 def write_settings(run: Path, folder: Path, config: Config, dtype: str) -> None:
     """Everything of an exported folder but the weights."""
     (folder / "config.json").write_text(json.dumps(config_table(run, config, dtype), indent=2) + "\n")
     if (run / "tokenizer.json").is_file():
         shutil.copyfile(run / "tokenizer.json", folder / "tokenizer.json")
     if not (run / "published").is_dir():
-        end, length = end_of_text(run), config.train.sequence_length
+        length = config.train.sequence_length
         tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "model_max_length": length}
-        tables = {"generation_config.json": {"eos_token_id": end}}
-        for name, table in (tables if end is None else tables | {"tokenizer_config.json": tokenizer}).items():
+        tables = {"generation_config.json": {"eos_token_id": 0}, "tokenizer_config.json": tokenizer}
+        for name, table in tables.items():
             (folder / name).write_text(json.dumps(table, indent=2) + "\n")
     for name in BESIDE_WEIGHTS:
         if (run / "published" / name).is_file():

@@ -1,6 +1,8 @@
 """Published folders in and out: the same logits, the same bytes, little memory, and refusals that name everything."""
 
+import contextlib
 import copy
+import io
 import json
 import os
 import subprocess
@@ -18,11 +20,23 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pithtrain.cli import main
-from pithtrain.config import Config, Qwen3MoeConfig, RunConfig, UserError, load_config, to_toml
+from pithtrain.config import (
+    Config,
+    DataConfig,
+    OptimizerConfig,
+    Qwen3MoeConfig,
+    RunConfig,
+    TrainConfig,
+    UserError,
+    load_config,
+    to_toml,
+)
 from pithtrain.hub import cut_shards, export_model, import_model, unpack_mxfp4
 from pithtrain.models.build import build
 from pithtrain.published import published_of, settings_from, table_from, views
 from pithtrain.train.checkpoint import checkpoint_path, load_weights, save_checkpoint
+from pithtrain.train.tokenizer import end_of_text, load_tokenizer
+from pithtrain.train.trainer import train
 
 FAMILIES = {
     "qwen3-moe": (test_qwen3_moe.BASE, test_qwen3_moe.transformers_model),
@@ -365,6 +379,39 @@ def test_tokenizer_and_settings_beside_the_weights_travel(tmp_path):
     found = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (found["eos_token_id"], found["max_position_embeddings"]) == (7, 123)
     assert load_config(tmp_path / "run" / "config.toml").train.sequence_length == 123
+
+
+def test_training_goes_on_from_an_imported_model(tmp_path):
+    """And its tokenizer is one that transformers loads, which ends texts as ours does."""
+    (tmp_path / "text").mkdir()
+    for number in range(30):
+        (tmp_path / "text" / f"{number}.txt").write_text("the cat sat on the mat\nthe dog ran to the park\n" * 12)
+    config = Config(
+        run=RunConfig(name="run", folder=str(tmp_path), device="cpu"),
+        data=DataConfig(corpus=str(tmp_path / "text"), pattern="*.txt", folder=str(tmp_path / "data"), held_out=0.2),
+        model=replace(SMALL, vocab_size=270),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup=5),
+        train=TrainConfig(steps=30, sequence_length=24, batch_size=8, micro_batch_size=8),
+    )
+
+    def losses(run):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            train(load_config(run / "config.toml") if run.exists() else config)
+        return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+    before = losses(tmp_path / "run")
+    export_model(tmp_path / "run", tmp_path / "out", report=str)
+    import_model(tmp_path / "out", tmp_path / "again", report=str)
+    text = to_toml(replace(config, run=replace(config.run, name="again")))
+    (tmp_path / "again" / "config.toml").write_text(text)
+    after = losses(tmp_path / "again")
+    assert before[0] > 5 and after[0] < 1.1 * before[-1] + 0.1
+
+    hf = pytest.importorskip("transformers")
+    theirs, ours = hf.AutoTokenizer.from_pretrained(tmp_path / "out"), load_tokenizer(tmp_path / "again/tokenizer.json")
+    assert theirs("the cat sat")["input_ids"] == ours.encode("the cat sat").ids
+    end = json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"]
+    assert theirs.eos_token_id == end == end_of_text(ours)
 
 
 def test_the_commands(tmp_path, capsys):

@@ -134,15 +134,18 @@ def open_data(config: Config, report: Callable[[str], None] = lambda line: None)
     )
     return shards
 
-# %% ../../nbs/72_trainer.py #run_steps@8f0ba8c4
+# %% ../../nbs/72_trainer.py #run_steps@b35351ca
 def run_steps(config: Config, mesh: Mesh, dtype: torch.dtype, shards: Shards, batches: TrainBatches) -> Trained:
     """The training loop of `train`, over opened data, in a run folder that exists."""
     folder, steps, first_rank = config.path, config.train.steps, mesh.rank == 0
     learner = Learner(config, mesh, dtype)
     saved = checkpoint_steps(folder / "checkpoints")
     first = saved[-1] if saved else 0
-    if first:
-        read_checkpoint(checkpoint_path(folder / "checkpoints", first), learner.state())
+    if saved:
+        state = learner.state()
+        if not first:  # an imported model: weights alone
+            state = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
+        read_checkpoint(checkpoint_path(folder / "checkpoints", first), state)
         learner.resume(first)
     if first_rank:
         print(describe_run(config, mesh, dtype, first))
