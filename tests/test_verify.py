@@ -46,8 +46,8 @@ FAMILIES = {
     ),
     "gpt-oss": GptOssConfig(**SIZES, kv_heads=2, head_dim=8, window=5),
     "qwen3.5-moe": Qwen3_5MoeConfig(
-        **{**SIZES, "init_std": 0.05}, kv_heads=2, head_dim=8, rope_dim=4, full_every=2, delta_key_heads=4, delta_value_heads=8,
-        delta_key_dim=8, delta_value_dim=6, shared_hidden=20,
+        **{**SIZES, "init_std": 0.05}, kv_heads=2, head_dim=8, rope_dim=4, full_every=2, delta_key_heads=4,
+        delta_value_heads=8, delta_key_dim=8, delta_value_dim=6, shared_hidden=20,
     ),
 }  # fmt: skip
 TRAIN = TrainConfig(steps=20, sequence_length=32, batch_size=8, micro_batch_size=1)
