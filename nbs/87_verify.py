@@ -163,6 +163,19 @@ def fit_config(config: Config, world_size: int) -> Config:
 
 # %%
 #| export
+def nan_highest(number: float) -> tuple[bool, float]:
+    """A key for `max` and `sorted` that puts NaN above all numbers; without one, where it stands decides."""
+    return (number != number, number)
+
+
+# %%
+import math
+
+assert math.isnan(max(1.0, math.nan, 2.0, key=nan_highest)) and max(1.0, math.nan, 2.0) == 2.0
+
+
+# %%
+#| export
 class Comparison(NamedTuple):
     """The largest relative differences between a mesh and one process, and where the weights' is."""
 
@@ -176,7 +189,7 @@ class Comparison(NamedTuple):
     @property
     def largest(self) -> float:
         """The largest of what is held to the tolerance."""
-        return max(self.loss, self.balance, self.grad_norm, self.weight)
+        return max(self.loss, self.balance, self.grad_norm, self.weight, key=nan_highest)
 
 
 # %%
@@ -186,14 +199,14 @@ def compare(found: Trace, wanted: Trace) -> Comparison:
 
     def scalar(key: str) -> float:
         pairs = [(getattr(a, key), getattr(b, key)) for a, b in zip(found.results, wanted.results, strict=True)]
-        return max(0.0 if a == b else abs(a - b) / max(abs(b), 1e-12) for a, b in pairs)
+        return max((0.0 if a == b else abs(a - b) / max(abs(b), 1e-12) for a, b in pairs), key=nan_highest)
 
     moved = max(
         ((a.load - b.load).abs().sum() / (2 * b.load.sum())).item()
         for a, b in zip(found.results, wanted.results, strict=True)
     )
     apart = {n: ((w - wanted.weights[n]).norm() / wanted.weights[n].norm()).item() for n, w in found.weights.items()}
-    name = max(apart, key=lambda n: (apart[n] != apart[n], apart[n]))  # NaN is the largest of all
+    name = max(apart, key=lambda n: nan_highest(apart[n]))
     return Comparison(scalar("loss"), scalar("balance"), scalar("grad_norm"), moved, apart[name], name)
 
 
@@ -219,7 +232,7 @@ def run_rank(rank: int, configs: Sequence[Config], world_size: int, steps: int, 
         wanted = torch.load(f"{folder}/reference-{number}", weights_only=False)
         every: list[Any] = [None] * world_size
         dist.all_gather_object(every, compare(found, wanted))
-        worst.append(max(every, key=lambda c: (c.largest != c.largest, c.largest)))
+        worst.append(max(every, key=lambda c: nan_highest(c.largest)))
     if rank == 0:
         torch.save(worst, f"{folder}/result")
     dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """Every family on every small mesh against one process: losses, gradient norms, weights after three steps."""
 
 import dataclasses
+import math
 from itertools import pairwise
 
 import pytest
@@ -149,7 +150,9 @@ def test_a_comparison_sees_a_small_fault():
     assert comparison.name == "layers.2.experts.down" and comparison.largest > TOLERANCE
 
     broken = {n: w * float("nan") if "norm" in n else w for n, w in wanted.weights.items()}
-    assert not compare(Trace(wanted.results, broken), wanted).largest <= TOLERANCE
+    assert math.isnan(compare(Trace(wanted.results, broken), wanted).largest)
+    broken = [result._replace(loss=float("nan")) for result in wanted.results]
+    assert math.isnan(compare(Trace(broken, wanted.weights), wanted).largest)
 
 
 def unsummed(learner):
@@ -244,7 +247,10 @@ def test_the_command(tmp_path, capsys):
     assert "PASS" in out and "weights" in out
     assert cli.main(["verify", str(config), "--mesh", "ep=2", "--tolerance", "0"]) == 1
     assert "FAIL" in capsys.readouterr().out
-    for mesh, said in (("ep=3", "mesh.ep: 3 does not divide model.experts, 4"), ("eq=2", "did you mean")):
+    for mesh, said in (
+        ("ep=3", "mesh.ep: 3 does not divide model.experts, 4"),
+        ("eq=2", "--mesh.eq: no such setting; known: pp"),
+    ):
         assert cli.main(["verify", str(config), "--mesh", mesh]) == 2
         assert said in capsys.readouterr().err
 
