@@ -51,7 +51,7 @@ test-notebooks: notebooks  ## run every notebook, as a script and under nbdev's 
 	@OMP_NUM_THREADS=1 $(VENV)/bin/nbdev_test --path nbs --n_workers 2
 
 test: check lint $(AGENT)  ## everything that needs no GPU
-	@$(PY) -m pytest tests --ignore=tests/notebooks -n 2
+	@$(PY) -m pytest tests --ignore=tests/notebooks -n 2 --durations=12
 	@$(MAKE) --no-print-directory test-notebooks
 
 clean:  ## remove what can be made again (not .venv, not runs/)
