@@ -4,7 +4,8 @@
 # > One JSON object for each step, appended to a file that survives anything, and loggers beside it.
 #
 # A run's numbers go to `metrics.jsonl`, a line for each step, flushed as it is written. A text file can be
-# tailed, plotted, diffed and read by any tool; after a crash it is whole up to the last line.
+# tailed, plotted, diffed and read by any tool; after a crash it is whole up to the last line. Each line says when
+# its step ended, in seconds since 1970, so the file also tells how long the run held its device.
 
 # %%
 #| default_exp train.metrics
@@ -95,7 +96,7 @@ class Metrics:
         """Write one object; `record["step"]` is its step. Loggers get the numbers, not the lists."""
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
-        numbers = {key: value for key, value in record.items() if isinstance(value, int | float) and key != "step"}
+        numbers = {k: value for k, value in record.items() if isinstance(value, int | float) and k not in ("step", "time")}
         if self.tensorboard is not None:
             for key, value in numbers.items():
                 self.tensorboard.add_scalar(key, value, record["step"])

@@ -272,7 +272,7 @@ def describe_run(config: Config, mesh: Mesh, dtype: torch.dtype, first: int) -> 
 # %%
 #| export
 def step_record(step: int, result: StepResult, rate: float, tokens: int, seconds: float) -> dict[str, Any]:
-    """The metrics of one step, ready for JSON. Every value but the last two repeats exactly in a second run."""
+    """The metrics of one step, ready for JSON. Every value but the last three repeats exactly in a second run."""
     share = result.load / result.load.sum(dim=1, keepdim=True)
     return {
         "step": step,
@@ -286,6 +286,7 @@ def step_record(step: int, result: StepResult, rate: float, tokens: int, seconds
         "load": [[round(value, 5) for value in layer] for layer in share.tolist()],
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
+        "time": time.time(),
     }
 
 

@@ -43,7 +43,7 @@ batch_size = 4
 micro_batch_size = 2
 checkpoint_every = 3
 """
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "tokens_per_second", "time")
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,15 @@ def command(tmp_path, corpus):
 def records(folder: Path) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def test_every_row_says_when_its_step_ended(command, tmp_path):
+    start = time.time()
+    assert cli.main(command("--train.steps", "3")) == 0
+    rows = [json.loads(line) for line in (tmp_path / "runs/demo/metrics.jsonl").read_text().splitlines()]
+    stamps = [row["time"] for row in rows]
+    assert start + rows[0]["seconds"] <= stamps[0] + 0.01 and stamps[2] <= time.time()
+    assert stamps[1] - stamps[0] >= rows[1]["seconds"] - 0.01 and stamps[2] - stamps[1] >= rows[2]["seconds"] - 0.01
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -294,13 +294,13 @@ assert duration(session.events) == 1510 and duration([(0, 0), (1500, 0)]) == 600
 #
 # Training logs are stamped, and the time from the first stamp to the last is the time that the run held its
 # device. (In a task's CPU variant that device is the CPU.) Runs side by side count once. A log of JSON
-# objects with `seconds` instead of stamps, as PithTrain's `metrics.jsonl`, held its device for their sum,
-# until the file was last written.
+# objects, as PithTrain's `metrics.jsonl`, says in each row when its step ended (`time`, seconds since 1970) and
+# how long it took (`seconds`).
 
 # %%
 #| export
 STAMP = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?(?:Z|[+-]\d\d:\d\d)?")
-SECONDS = re.compile(r'"seconds": ([\d.e+-]+)')
+ROW = re.compile(r'"seconds": ([\d.e+-]+).*"time": ([\d.e+-]+)')
 
 
 # %%
@@ -310,8 +310,8 @@ def log_interval(path: Path) -> tuple[float, float] | None:
     text = path.read_text(encoding="utf-8", errors="replace")
     stamps = [datetime.fromisoformat(stamp) for stamp in STAMP.findall(text)]
     times = [(stamp if stamp.tzinfo else stamp.replace(tzinfo=UTC)).timestamp() for stamp in stamps]
-    if not times and (spent := [float(number) for number in SECONDS.findall(text)]):
-        times = [path.stat().st_mtime - sum(spent), path.stat().st_mtime]
+    rows = [(float(seconds), float(end)) for seconds, end in ROW.findall(text)]
+    times += [time for seconds, end in rows for time in (end - seconds, end)]
     return (min(times), max(times)) if times else None
 
 
@@ -327,15 +327,13 @@ def gpu_seconds(logs: list[Path]) -> float:
 
 
 # %%
-import os
 import tempfile
 
 with tempfile.TemporaryDirectory() as folder:
     one, two, three = (Path(folder) / name for name in "abc")
     one.write_text("2026-01-01 10:00:00 start\n2026-01-01 10:05:00 end\n")
     two.write_text("[2026-01-01T10:04:00Z] start\n[2026-01-01T10:06:00Z] end\n")
-    three.write_text('{"step": 1, "seconds": 2.5}\n{"step": 2, "seconds": 1.5}\n')
-    os.utime(three, (1000, 1000))
+    three.write_text('{"step": 1, "seconds": 2.5, "time": 998.5}\n{"step": 2, "seconds": 1.5, "time": 1000}\n')
     assert log_interval(three) == (996, 1000)
     assert gpu_seconds([one, two, three]) == 360 + 4
 

@@ -211,9 +211,9 @@ def describe_run(config: Config, mesh: Mesh, dtype: torch.dtype, first: int) -> 
     resumed = f"{config.path}: going on from step {first}\n" if first else ""
     return f"{resumed}{total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active; {where}"
 
-# %% ../../nbs/72_trainer.py #step_record@93200352
+# %% ../../nbs/72_trainer.py #step_record@1cd43852
 def step_record(step: int, result: StepResult, rate: float, tokens: int, seconds: float) -> dict[str, Any]:
-    """The metrics of one step, ready for JSON. Every value but the last two repeats exactly in a second run."""
+    """The metrics of one step, ready for JSON. Every value but the last three repeats exactly in a second run."""
     share = result.load / result.load.sum(dim=1, keepdim=True)
     return {
         "step": step,
@@ -227,6 +227,7 @@ def step_record(step: int, result: StepResult, rate: float, tokens: int, seconds
         "load": [[round(value, 5) for value in layer] for layer in share.tolist()],
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
+        "time": time.time(),
     }
 
 # %% ../../nbs/72_trainer.py #report@54b133b6

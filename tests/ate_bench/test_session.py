@@ -1,7 +1,6 @@
 """Sessions of three agents, whole, cut off at every byte, and malformed."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -242,8 +241,7 @@ def test_time_on_the_gpu(tmp_path: Path):
     utc = log("a", "2026-01-01 10:00:00,250 step 1\nnothing\n2026-01-01 10:00:10,750 step 2")
     zone = log("b", "2026-01-01T12:00:05+02:00 a\n2026-01-01T12:00:20+02:00 b")
     silent, single = log("c", "no time at all"), log("d", "2026-01-01 09:00:00")
-    seconds = log("e", '{"seconds": 1.5, "loss": 2}\n{"seconds": 5e-1}\n')
-    os.utime(seconds, (2e9, 2e9))
+    seconds = log("e", '{"seconds": 1.5, "time": 2e9}\n{"seconds": 5e-1, "x": 1, "time": 2000000000.5}\n{"sec')
     assert log_interval(silent) is None
     assert gpu_seconds([utc]) == 10.5
     assert gpu_seconds([utc, zone]) == pytest.approx(19.75)  # side by side: once
