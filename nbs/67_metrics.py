@@ -96,7 +96,9 @@ class Metrics:
         """Write one object; `record["step"]` is its step. Loggers get the numbers, not the lists."""
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
-        numbers = {k: value for k, value in record.items() if isinstance(value, int | float) and k not in ("step", "time")}
+        numbers = {
+            k: value for k, value in record.items() if isinstance(value, int | float) and k not in ("step", "time")
+        }
         if self.tensorboard is not None:
             for key, value in numbers.items():
                 self.tensorboard.add_scalar(key, value, record["step"])

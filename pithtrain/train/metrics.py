@@ -33,7 +33,7 @@ def cut_metrics(path: Path, last_step: int) -> None:
     beside.write_text("".join(kept))
     os.replace(beside, path)
 
-# %% ../../nbs/67_metrics.py #Metrics@7425b8a7
+# %% ../../nbs/67_metrics.py #Metrics@1c75d527
 class Metrics:
     """Writes each step's numbers to `metrics.jsonl`, and to the loggers the config asks for."""
 
@@ -61,7 +61,9 @@ class Metrics:
         """Write one object; `record["step"]` is its step. Loggers get the numbers, not the lists."""
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
-        numbers = {k: value for k, value in record.items() if isinstance(value, int | float) and k not in ("step", "time")}
+        numbers = {
+            k: value for k, value in record.items() if isinstance(value, int | float) and k not in ("step", "time")
+        }
         if self.tensorboard is not None:
             for key, value in numbers.items():
                 self.tensorboard.add_scalar(key, value, record["step"])
