@@ -1,21 +1,21 @@
 # %% [markdown]
-# # The loss without the logits
+# # A row of logits becomes its loss and its gradient
 #
-# > Cross-entropy of a linear layer over a large vocabulary, a few rows of logits at a time.
+# > Cross-entropy of rows of logits, which turn into their own gradient in the same memory.
 #
 # The last product of a language model is its widest. With 16,384 tokens and Qwen3's 151,936 words, the logits
 # in fp32 are 10 GB, their gradient another 10 GB, and nobody looks at them twice. The loss needs one number
-# of a row, and the gradient of a row needs only that row. So a block of rows is multiplied, turned into its
-# loss *and its gradient* on the spot, multiplied back, and forgotten:
+# of a row, and the gradient of a row needs only that row. So [the loss](27_loss.py) multiplies a block of rows,
+# turns it into its loss *and its gradient* on the spot, multiplies that back, and forgets it:
 #
 # ```
 # for a block of rows:   hidden ──▶ logits ──▶ loss, and in the same memory softmax − onehot
-#                                                  ├──▶ × weight  = d_hidden of the block
-#                                                  └──▶ ᵀ × hidden, added to d_weight
+#                                                  ├──▶ × weight  = grad_hidden of the block
+#                                                  └──▶ ᵀ × hidden, added to grad_weight
 # ```
 #
-# The gradients are ready before anyone asks for them; the backward pass only multiplies them by the gradient
-# of the loss. It saves the fourth product (the logits once more), and the memory does not grow with the tokens.
+# The step in the middle is this notebook's. In PyTorch it reads or writes the block about ten times; it need
+# be read twice and written once.
 
 # %%
 #| default_exp kernels.cross_entropy
@@ -23,7 +23,6 @@
 # %%
 #| export
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pithtrain.kernels.lang import runs_triton, tl, triton, want
@@ -36,25 +35,38 @@ from pithtrain.kernels.lang import runs_triton, tl, triton, want
 # $$L = \log \sum_v e^{\ell_v} - \ell_y, \qquad
 #   \frac{\partial L}{\partial \ell_v} = \frac{e^{\ell_v}}{\sum_j e^{\ell_j}} - [v = y].$$
 #
-# A target of -100 marks a row that does not count. The smallest true implementation is PyTorch's:
+# A target of -100 marks a row that does not count. The smallest true implementation, which serves the CPU too:
 
 
 # %%
 #| export
-def reference_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """`linear_cross_entropy` with all logits at once, at least in fp32."""
-    logits = hidden @ weight.T
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, targets.long(), ignore_index=-100, reduction="sum")
+def reference_row_losses(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+    """`row_losses` in plain PyTorch, at least in fp32."""
+    counted = targets != -100
+    own = targets.where(counted, 0).unsqueeze(1)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_total = wide.logsumexp(1, keepdim=True)
+    losses = (log_total - wide.gather(1, own)).squeeze(1) * counted
+    if gradient:
+        probs = wide.sub_(log_total).exp_()
+        probs.scatter_add_(1, own, probs.new_full(own.shape, -1.0))
+        logits.copy_(probs.mul_(counted.unsqueeze(1)))
+    return losses
 
 
 # %%
 torch.manual_seed(0)
-hidden, weight = torch.randn(50, 32), torch.randn(1000, 32) / 32**0.5
+logits = torch.randn(50, 1000)
 targets = torch.randint(0, 1000, (50,))
 targets[::7] = -100
-loss = reference_linear_cross_entropy(hidden, weight, targets)
-print(f"{loss / (targets >= 0).sum():.3f} nats a token; log(1000) = {torch.log(torch.tensor(1000.0)):.3f}")
+leaf = logits.clone().requires_grad_()
+true = torch.nn.functional.cross_entropy(leaf, targets, reduction="none")
+true.sum().backward()
+gradient = logits.clone()
+losses = reference_row_losses(gradient, targets, gradient=True)
+torch.testing.assert_close(losses, true)
+torch.testing.assert_close(gradient, leaf.grad)
+print(f"{losses.sum() / (targets >= 0).sum():.3f} nats a row; log(1000) = {torch.tensor(1000.0).log():.3f}")
 
 # %% [markdown]
 # ## One row, two passes, in place
@@ -92,122 +104,48 @@ def cross_entropy_kernel(logit_ptr, target_ptr, loss_ptr, V, GRADIENT: tl.conste
             tl.store(logit_ptr + v, d.to(logit_ptr.dtype.element_ty), mask=v < V)
 
 
-# %%
-if runs_triton(hidden):
-    logits, losses = hidden @ weight.T, torch.empty(50)
-    true = F.cross_entropy(logits, targets, reduction="none")
-    cross_entropy_kernel[(50,)](logits, targets, losses, 1000, False, 256)
-    torch.testing.assert_close(losses, true)
-
 # %% [markdown]
-# ## Block by block
-#
-# A block has as many rows as make half a GiB of bf16 logits: enough to fill the GPU, little beside the weights.
-# The logits are in the dtype of the inputs, the arithmetic on them is in fp32.
+# Which runs when: the kernel on CUDA (and, to test it, under Triton's interpreter), PyTorch elsewhere.
 
 
 # %%
 #| export
-def rows_at_once(vocabulary: int) -> int:
-    """How many rows of logits to hold: 2**28 elements' worth."""
-    return max(128, 2**28 // vocabulary // 128 * 128)
+def triton_row_losses(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+    """`row_losses` by the kernel. Raises TypeError or ValueError, one line, on bad arguments."""
+    T, V = logits.shape
+    if not runs_triton(logits):
+        raise ValueError(f"logits are on {logits.device}; the kernel wants CUDA, or Triton's interpreter on the CPU")
+    want("logits", logits, (T, V), (torch.float32, torch.bfloat16, torch.float16), logits.device)
+    want("targets", targets, (T,), (torch.int32, torch.int64), logits.device)
+    if not (logits.is_contiguous() and targets.is_contiguous()):
+        raise ValueError("logits and targets must be contiguous: logits are overwritten where they are")
+    losses = torch.empty(T, dtype=torch.float32, device=logits.device)
+    if T:
+        width = min(4096, triton.next_power_of_2(V))
+        cross_entropy_kernel[(T,)](logits, targets, losses, V, gradient, width, num_warps=8)
+    return losses
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """`triton_linear_cross_entropy` with its gradients."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, rows):
-        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_weight = torch.zeros_like(weight) if needs_weight else None
-        width = min(4096, triton.next_power_of_2(len(weight)))
-        for start in range(0, len(hidden), rows):
-            block = slice(start, start + rows)
-            logits = hidden[block] @ weight.T
-            cross_entropy_kernel[(len(logits),)](
-                logits, targets[block], losses[block], len(weight), needs_hidden or needs_weight, width, num_warps=8
-            )
-            if needs_hidden:
-                torch.mm(logits, weight, out=d_hidden[block])
-            if needs_weight:
-                d_weight.addmm_(logits.T, hidden[block])
-        ctx.save_for_backward(d_hidden, d_weight)
-        return losses.sum()
-
-    @staticmethod
-    def backward(ctx, grad):
-        d_hidden, d_weight = ctx.saved_tensors
-        # in place: a second backward pass through the same graph is refused by autograd, not answered wrongly
-        return *(None if d is None else d.mul_(grad) for d in (d_hidden, d_weight)), None, None
+# %%
+if runs_triton(logits):
+    gradient = logits.clone()
+    torch.testing.assert_close(triton_row_losses(gradient, targets, gradient=True), true)
+    torch.testing.assert_close(gradient, leaf.grad)
 
 
 # %%
 #| export
-def triton_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int | None = None) -> Tensor:
-    """`linear_cross_entropy` block by block, `rows` at a time. One-line TypeError or ValueError on bad arguments."""
-    (T, H), V, device = hidden.shape, len(weight), hidden.device
-    if not runs_triton(hidden):
-        raise ValueError(f"hidden is on {device}; the Triton loss wants CUDA, or Triton's interpreter on the CPU")
-    want("hidden", hidden, (T, H), (torch.float32, torch.bfloat16, torch.float16), device)
-    want("weight", weight, (V, H), (hidden.dtype,), device)
-    want("targets", targets, (T,), (torch.int32, torch.int64), device)
-    return LinearCrossEntropy.apply(
-        hidden.contiguous(), weight.contiguous(), targets.contiguous(), rows or rows_at_once(V)
-    )
+def row_losses(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+    """Losses (T,) in nats of `logits` (T, V), which, if `gradient`, are overwritten with the gradient of their sum.
 
-
-# %%
-def worst_error(hidden, weight, targets, rows):
-    ours = [t.clone().requires_grad_() for t in (hidden, weight)]
-    true = [t.double().requires_grad_() for t in (hidden, weight)]
-    fast, exact = triton_linear_cross_entropy(*ours, targets, rows), reference_linear_cross_entropy(*true, targets)
-    (fast / 3).backward()
-    (exact / 3).backward()
-    pairs = [(fast, exact)] + [(a.grad, b.grad) for a, b in zip(ours, true, strict=True)]
-    return [f"{((a - b).norm() / b.norm()).item():.1e}" for a, b in pairs]
-
-
-if runs_triton(hidden):
-    print("relative error of loss, d_hidden, d_weight:", worst_error(hidden, weight, targets, rows=16))
-
-# %% [markdown]
-# ## Which runs when
-
-
-# %%
-#| export
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Sum over rows of the cross-entropy of `hidden @ weight.T`: an fp32 scalar, in nats.
-
-    hidden (T, H) and weight (V, H) in one dtype; targets (T,) integers in [0, V), -100 for a row to leave out. On
-    CUDA the logits exist a block of rows at a time and the graph can be walked backwards once; elsewhere
-    PyTorch does it all at once.
+    targets (T,) integers in [0, V), -100 for a row that does not count. fp32 arithmetic, whatever the logits' dtype.
     """
-    run = triton_linear_cross_entropy if hidden.is_cuda and runs_triton(hidden) else reference_linear_cross_entropy
-    return run(hidden, weight, targets)
+    run = triton_row_losses if logits.is_cuda and logits.dtype != torch.float64 else reference_row_losses
+    return run(logits, targets, gradient)
 
 
 # %%
-torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets), loss)
-
-# %% [markdown]
-# On an H100, with 16,384 tokens of 2,048 features and that vocabulary in bf16, loss and gradients took 53 ms and 1.6
-# GiB beyond inputs; all at once in PyTorch, 81 ms and 27.8 GiB.
-#
-# What it buys, drawn: memory for logits and their gradient against the number of tokens, for Qwen3's vocabulary.
-
-# %%
-import matplotlib.pyplot as plt
-
-V, tokens = 151936, torch.arange(0, 16385, 1024)
-fig, ax = plt.subplots(figsize=(6, 3))
-ax.plot(tokens, tokens * V * 8 / 2**30, label="all at once, fp32")
-ax.plot(tokens, torch.clamp(tokens, max=rows_at_once(V)) * V * 2 / 2**30, label="block by block, bf16")
-ax.set(title="Memory of the logits and their gradient", xlabel="tokens", ylabel="GiB")
-ax.legend()
-fig
+assert torch.equal(row_losses(logits, targets, gradient=False), losses)
 
 # %% [markdown]
 # Next: [the layers](20_router.py) that these kernels serve.

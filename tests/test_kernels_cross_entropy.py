@@ -1,92 +1,92 @@
-"""The blockwise loss against PyTorch's in float64, on the GPU or under Triton's interpreter."""
+"""Losses of rows of logits and their gradients, against PyTorch's in float64, on the GPU or Triton's interpreter."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pithtrain.kernels import lang
-from pithtrain.kernels.cross_entropy import (
-    linear_cross_entropy,
-    reference_linear_cross_entropy,
-    rows_at_once,
-    triton_linear_cross_entropy,
-)
+from pithtrain.kernels.cross_entropy import reference_row_losses, row_losses, triton_row_losses
+from pithtrain.layers.loss import linear_cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(not lang.HAS_TRITON, reason="Triton is not installed")
 
 
-def compare(T, H, V, rows, dtype, tolerance, targets=None):
-    hidden, weight = (
-        torch.randn(T, H, device=DEVICE).to(dtype),
-        (torch.randn(V, H, device=DEVICE) * 3 / H**0.5).to(dtype),
-    )
+def compare(run, T, V, dtype, tolerance, targets=None):
+    logits = (torch.randn(T, V, device=DEVICE) * 3).to(dtype)
     if targets is None:
         targets = torch.randint(0, V, (T,), device=DEVICE)
         targets[::5] = -100
-    ours = [t.clone().requires_grad_() for t in (hidden, weight)]
-    true = [t.double().requires_grad_() for t in (hidden, weight)]
-    loss, exact = triton_linear_cross_entropy(*ours, targets, rows), reference_linear_cross_entropy(*true, targets)
-    assert loss.dtype == torch.float32 and loss.shape == ()
-    (loss * 0.3).backward()
-    (exact * 0.3).backward()
-    for a, b in [(loss, exact)] + [(p.grad, q.grad) for p, q in zip(ours, true, strict=True)]:
-        assert a.isfinite().all()
-        assert (a.double() - b).norm() <= tolerance * b.norm()
+    leaf = logits.double().requires_grad_()
+    true = F.cross_entropy(leaf, targets, reduction="none")
+    true.sum().backward()
+    before = logits.clone()
+    losses = run(logits, targets, False)
+    assert torch.equal(logits, before)
+    assert torch.equal(losses, run(logits, targets, True)) and losses.dtype == torch.float32
+    for ours, exact in ((losses, true.detach()), (logits, leaf.grad)):
+        assert ours.isfinite().all()
+        assert (ours.double() - exact).norm() <= tolerance * exact.norm()
+    assert not logits[targets == -100].any()
 
 
-@pytest.mark.parametrize("T, H, V, rows", [(40, 32, 1000, 16), (1, 16, 7, 128), (33, 24, 5000, 33), (17, 16, 64, 5)])
-def test_against_float64(T, H, V, rows):
-    compare(T, H, V, rows, torch.float32, 1e-5)
+RUNS = [triton_row_losses, reference_row_losses]
 
 
-def test_all_targets_ignored():
-    compare(9, 16, 50, 4, torch.float32, 1e-5, torch.full((9,), -100, device=DEVICE))
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("T, V", [(40, 1000), (1, 7), (33, 5000), (17, 64)])
+def test_against_float64(run, T, V):
+    compare(run, T, V, torch.float32, 1e-5)
 
 
-def test_large_logits_do_not_overflow():
-    hidden, weight = torch.full((3, 16), 30.0, device=DEVICE), torch.eye(16, device=DEVICE)[:8] * 100
-    loss = triton_linear_cross_entropy(hidden, weight, torch.arange(3, device=DEVICE))
-    torch.testing.assert_close(loss.cpu(), 3 * torch.log(torch.tensor(8.0)))
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(run, dtype):
+    compare(run, 20, 300, dtype, 1e-2)
 
 
-def test_only_the_gradient_that_is_needed():
-    hidden, weight = torch.randn(5, 16, device=DEVICE), torch.randn(9, 16, device=DEVICE, requires_grad=True)
-    targets = torch.arange(5, device=DEVICE)
-    triton_linear_cross_entropy(hidden, weight, targets).backward()
-    assert weight.grad is not None
-    with torch.no_grad():
-        loss = triton_linear_cross_entropy(hidden, weight, targets)
-    torch.testing.assert_close(loss, reference_linear_cross_entropy(hidden, weight, targets))
+@pytest.mark.parametrize("run", RUNS)
+def test_all_targets_ignored_and_no_row(run):
+    compare(run, 9, 50, torch.float32, 1e-5, torch.full((9,), -100, device=DEVICE))
+    assert run(torch.empty(0, 7, device=DEVICE), torch.empty(0, dtype=torch.long, device=DEVICE), True).shape == (0,)
 
 
-def test_a_second_backward_is_refused():
-    hidden, weight = torch.randn(5, 16, device=DEVICE, requires_grad=True), torch.randn(9, 16, device=DEVICE)
-    loss = triton_linear_cross_entropy(hidden, weight, torch.arange(5, device=DEVICE))
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+@pytest.mark.parametrize("run", RUNS)
+def test_large_logits_do_not_overflow(run):
+    losses = run(torch.full((3, 8), 300.0, device=DEVICE), torch.arange(3, device=DEVICE), True)
+    torch.testing.assert_close(losses.cpu(), torch.tensor(8.0).log().expand(3), rtol=1e-4, atol=0)
 
 
 def test_wrong_arguments_are_named():
+    logits, targets = torch.zeros(3, 8, device=DEVICE), torch.zeros(3, device=DEVICE)
     with pytest.raises(TypeError, match=r"targets is torch.float32"):
-        triton_linear_cross_entropy(*(torch.zeros(s, device=DEVICE) for s in ((3, 8), (9, 8), (3,))))
-    with pytest.raises(ValueError, match=r"weight has shape \(9, 4\); want \(9, 8\)"):
-        triton_linear_cross_entropy(
-            torch.zeros(3, 8, device=DEVICE), torch.zeros(9, 4, device=DEVICE), torch.zeros(3, device=DEVICE).long()
-        )
+        triton_row_losses(logits, targets, True)
+    with pytest.raises(ValueError, match=r"targets has shape \(2,\); want \(3,\)"):
+        triton_row_losses(logits, targets[:2].long(), True)
+    with pytest.raises(ValueError, match="contiguous"):
+        triton_row_losses(torch.zeros(8, 3, device=DEVICE).T, targets.long(), True)
 
 
-def test_blocks_hold_at_most_half_a_gib():
-    assert all(rows_at_once(v) * v <= 2**28 for v in (1000, 32000, 151936))
+def test_float64_goes_to_the_reference():
+    losses = row_losses(torch.zeros(3, 8, device=DEVICE).double(), torch.arange(3, device=DEVICE), False)
+    assert losses.dtype == torch.float64
 
 
 @pytest.mark.gpu
 def test_gpu_bfloat16_and_memory():
-    compare(1000, 512, 32000, 300, torch.bfloat16, 1e-2)
+    compare(triton_row_losses, 1000, 32000, torch.bfloat16, 1e-2)
     hidden = torch.randn(16384, 256, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(151936, 256, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(151936, 256, device=DEVICE) / 16).requires_grad_()
     targets = torch.randint(0, 151936, (16384,), device=DEVICE)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    linear_cross_entropy(hidden, weight, targets).backward()
+    loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
     assert torch.cuda.max_memory_allocated() - before < 2 * 2**30  # all logits in fp32 would be 9.3 GiB
+    rows = slice(0, 16384, 8)
+    leaves = [t.detach().double().requires_grad_() for t in (hidden[rows], weight.bfloat16())]
+    fast = [t.detach().clone().requires_grad_() for t in (hidden[rows], weight)]
+    F.cross_entropy(leaves[0] @ leaves[1].T, targets[rows], reduction="sum").backward()
+    linear_cross_entropy(*fast, targets[rows], 1 << 26).backward()
+    for ours, exact in zip(fast, leaves, strict=True):
+        assert (ours.grad.double() - exact.grad).norm() <= 1e-2 * exact.grad.norm()
