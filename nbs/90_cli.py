@@ -246,7 +246,7 @@ def evaluate_command(arguments: argparse.Namespace, overrides: list[str]) -> int
 # %%
 #| export
 def bench_step_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Time a CPU training step beside transformers; print a table, write JSON where asked."""
+    """Time a training step beside transformers; print a table, write JSON where asked."""
     check_output(arguments.json, ".json")
     config = load_config(arguments.config, parse_overrides(overrides))
     from pithtrain.bench_step import bench_step, describe_bench_step
@@ -425,7 +425,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure speed beside other systems", allow_abbrev=False)
     benches = bench.add_subparsers(required=True, metavar="WHAT")
-    step = benches.add_parser("step", help="a CPU training step beside transformers", allow_abbrev=False)
+    step = benches.add_parser("step", help="a training step beside transformers", allow_abbrev=False)
     step.add_argument("config", type=Path, help="the run's TOML file; settings can be overridden as in train")
     step.add_argument("--rounds", type=ranged(int, 1), default=9, help="timed steps of each (default %(default)s)")
     step.add_argument("--json", type=Path, help="write the result to this file")

@@ -196,9 +196,9 @@ def evaluate_command(arguments: argparse.Namespace, overrides: list[str]) -> int
     save_json(result, arguments.json)
     return 0
 
-# %% ../nbs/90_cli.py #bench_step_command@838ded44
+# %% ../nbs/90_cli.py #bench_step_command@daedca8c
 def bench_step_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Time a CPU training step beside transformers; print a table, write JSON where asked."""
+    """Time a training step beside transformers; print a table, write JSON where asked."""
     check_output(arguments.json, ".json")
     config = load_config(arguments.config, parse_overrides(overrides))
     from pithtrain.bench_step import bench_step, describe_bench_step
@@ -270,7 +270,7 @@ def ranged(kind: type, low: float) -> object:
     parse.__name__ = kind.__name__
     return parse
 
-# %% ../nbs/90_cli.py #make_parser@ed420fda
+# %% ../nbs/90_cli.py #make_parser@d037834c
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets `command` to its function."""
     parser = argparse.ArgumentParser(prog="pithtrain", description=pithtrain.__doc__, allow_abbrev=False)
@@ -363,7 +363,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure speed beside other systems", allow_abbrev=False)
     benches = bench.add_subparsers(required=True, metavar="WHAT")
-    step = benches.add_parser("step", help="a CPU training step beside transformers", allow_abbrev=False)
+    step = benches.add_parser("step", help="a training step beside transformers", allow_abbrev=False)
     step.add_argument("config", type=Path, help="the run's TOML file; settings can be overridden as in train")
     step.add_argument("--rounds", type=ranged(int, 1), default=9, help="timed steps of each (default %(default)s)")
     step.add_argument("--json", type=Path, help="write the result to this file")
