@@ -106,42 +106,41 @@ print(f"loss {loss.item():.3f} nats, log V = {math.log(300):.3f}")
 assert abs(loss.item() - math.log(300)) < 0.2
 
 # %% [markdown]
-# ## The published size
+# ## Much held, little used
 #
-# On the meta device, where tensors have shapes and no memory, the published model is made in a moment.
+# Where the parameters of Qwen3-30B-A3B are, and which of them a token meets (solid): all of the attention, the row of
+# the embedding that is its own, and of every layer's 128 experts 8. On the meta device, where tensors have shapes and
+# no memory, the model is made in a moment.
 
 # %%
-from pithtrain.models.decoder import count_parameters
+from pathlib import Path
 
-published = Qwen3MoeConfig(
-    vocab_size=151_936,
-    layers=48,
-    hidden=2048,
-    heads=32,
-    kv_heads=4,
-    head_dim=128,
-    experts=128,
-    top_k=8,
-    expert_hidden=768,
-    rope_theta=1e6,
-    tie_embeddings=False,
-)
-with torch.device("meta"):  # shapes without memory
-    total, active = count_parameters(qwen3_moe(published), 128, 8)
-print(f"Qwen3-30B-A3B: {total / 1e9:.2f} B in all, {active / 1e9:.2f} B active (published: 30.5 B, 3.3 B)")
-assert round(total / 1e9, 1) == 30.5 and abs(active / 3.3e9 - 1) < 0.02
-
-# %%
 import matplotlib.pyplot as plt
 
-parts = {}
-for name, parameter in qwen3_moe(Qwen3MoeConfig()).named_parameters():
-    part = next((p for p in ("embedding", "attention", "experts", "router", "norm") if p in name), name)
-    parts[part] = parts.get(part, 0) + parameter.numel()
-fig, ax = plt.subplots(figsize=(6, 2.4))
-ax.barh(list(parts), [n / 1e6 for n in parts.values()])
-ax.set(title="Where the tiny model's parameters are", xlabel="millions")
+import pithtrain
+from pithtrain.config import load_config
+
+published = load_config(Path(pithtrain.__file__).parent.parent / "configs" / "qwen3-30b-a3b.toml").model
+with torch.device("meta"):
+    whole = qwen3_moe(published)
+held, used = {}, {}
+for name, parameter in whole.named_parameters():
+    part = next(p for p in ("experts", "attention", "embedding", "head", "router", "norm") if p in name)
+    share = {"experts": published.top_k / published.experts, "embedding": 1 / published.vocab_size}.get(part, 1)
+    held[part] = held.get(part, 0) + parameter.numel() / 1e9
+    used[part] = used.get(part, 0) + share * parameter.numel() / 1e9
+parts = sorted(held, key=held.__getitem__)
+fig, ax = plt.subplots(figsize=(7, 2.6))
+ax.barh(parts, [held[part] for part in parts], color="0.85", label="held")
+ax.barh(parts, [used[part] for part in parts], color="C0", label="used by a token")
+for row, part in enumerate(parts):
+    ax.text(
+        held[part] + 0.3, row, f"{1e3 * used[part]:,.1f} of {1e3 * held[part]:,.1f} million", va="center", fontsize=8
+    )
+ax.set(title="Parameters of Qwen3-30B-A3B", xlabel="billions", xlim=(0, 38))
+ax.legend(fontsize=8, loc="lower right")
 fig
 
 # %% [markdown]
-# Next: [from a config to a model](36_build.py).
+# Every published model's two numbers, counted like this, are beside the published ones in
+# [the notebook that builds them](36_build.py). Next: [another family](33_deepseek.py).

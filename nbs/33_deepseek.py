@@ -210,31 +210,6 @@ if importlib.util.find_spec("transformers"):
     assert difference < 1e-5
 
 # %% [markdown]
-# ## The published sizes
-#
-# On the meta device, where tensors have shapes and no memory, the published models are made in a moment.
-# "Active" is what one token uses; the published numbers leave the embedding out, where a token uses one row.
-
-# %%
-from pathlib import Path
-
-import pithtrain
-from pithtrain.config import load_config
-from pithtrain.models.decoder import count_parameters
-
-configs = Path(pithtrain.__file__).parent.parent / "configs"
-published = {"deepseek-v2-lite": (15.7, 2.4), "deepseek-v2": (236, 21), "deepseek-v3": (671, 37)}
-print(f"{'billions of parameters':24} {'all':>6} {'active':>7}   published")
-for name, (all_of_them, used) in published.items():
-    shape = load_config(configs / f"{name}.toml").model
-    with torch.device("meta"):
-        whole = deepseek(shape)
-    total, active = count_parameters(whole, shape.experts, shape.top_k)
-    active -= whole.embedding.weight.numel()
-    print(f"{name:24} {total / 1e9:6.1f} {active / 1e9:7.2f}   {all_of_them}, {used}")
-    assert abs(total / 1e9 / all_of_them - 1) < 0.01 and abs(active / 1e9 / used - 1) < 0.03
-
-# %% [markdown]
 # ## What it buys: long texts
 #
 # The cache of one sequence of 163,840 tokens, the longest these models read, through all layers in bfloat16.
@@ -242,9 +217,16 @@ for name, (all_of_them, used) in published.items():
 # same models with the attention that they did without: a key and value for each head, or for eight groups.
 
 # %%
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 
+import pithtrain
+from pithtrain.config import load_config
 from pithtrain.layers.attention import Attention, OneRank
+
+published = ("deepseek-v2-lite", "deepseek-v2", "deepseek-v3")
+configs = Path(pithtrain.__file__).parent.parent / "configs"
 
 
 def gigabytes(attention, rope_dim, hidden, layers, tokens=163_840):

@@ -342,29 +342,4 @@ if importlib.util.find_spec("transformers"):
     assert difference < 1e-5
 
 # %% [markdown]
-# ## The published sizes
-#
-# On the meta device, where tensors have shapes and no memory, the published models are made in a moment.
-# "Active" is what one token uses, the embedding left out, where a token uses one row.
-
-# %%
-from pathlib import Path
-
-import pithtrain
-from pithtrain.config import load_config
-from pithtrain.models.decoder import count_parameters
-
-configs = Path(pithtrain.__file__).parent.parent / "configs"
-published = {"gpt-oss-20b": (20.9, 3.6), "gpt-oss-120b": (116.8, 5.1)}
-print(f"{'billions of parameters':24} {'all':>6} {'active':>7}   published")
-for name, (all_of_them, used) in published.items():
-    shape = load_config(configs / f"{name}.toml").model
-    with torch.device("meta"):
-        whole = gpt_oss(shape)
-    total, active = count_parameters(whole, shape.experts, shape.top_k)
-    active -= whole.embedding.weight.numel()
-    print(f"{name:24} {total / 1e9:6.1f} {active / 1e9:7.2f}   {all_of_them}, {used}")
-    assert round(total / 1e9, 1) == all_of_them and round(active / 1e9, 1) == used
-
-# %% [markdown]
 # Next: [another family](35_qwen3_5_moe.py), or [from a config to a model](36_build.py).

@@ -272,30 +272,6 @@ if importlib.util.find_spec("transformers"):
     assert difference < 2e-5
 
 # %% [markdown]
-# ## The published sizes
-#
-# On the meta device, where tensors have shapes and no memory, the published models are made in a moment. Their names
-# give both numbers rounded, with the vision encoder that is not part of this.
-
-# %%
-from pathlib import Path
-
-import pithtrain
-from pithtrain.config import load_config
-from pithtrain.models.decoder import count_parameters
-
-configs = Path(pithtrain.__file__).parent.parent / "configs"
-published = {"qwen3.5-35b-a3b": (35, 3), "qwen3.5-122b-a10b": (122, 10), "qwen3.5-397b-a17b": (397, 17)}
-print(f"{'billions of parameters':24} {'all':>6} {'active':>7}   published")
-for name, (all_of_them, used) in published.items():
-    shape = load_config(configs / f"{name}.toml").model
-    with torch.device("meta"):
-        whole = qwen3_5_moe(shape)
-    total, active = count_parameters(whole, shape.experts, shape.top_k)
-    print(f"{name:24} {total / 1e9:6.1f} {active / 1e9:7.2f}   {all_of_them}, {used}")
-    assert abs(total / 1e9 / all_of_them - 1) < 0.01 and abs(active / 1e9 - used) < 0.5
-
-# %% [markdown]
 # ## What the hybrid buys
 #
 # The layers of the 35B model in order, and what a sequence keeps in all of them while text is generated, in bfloat16
@@ -303,9 +279,14 @@ for name, (all_of_them, used) in published.items():
 # it, the same model if all of its layers were of one kind.
 
 # %%
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 
-c = load_config(configs / "qwen3.5-35b-a3b.toml").model
+import pithtrain
+from pithtrain.config import load_config
+
+c = load_config(Path(pithtrain.__file__).parent.parent / "configs" / "qwen3.5-35b-a3b.toml").model
 x, table = torch.empty(1, 1, c.hidden, dtype=torch.bfloat16, device="meta"), torch.empty(1, 32, device="meta")
 with torch.device("meta"):
     kinds = {full: Qwen3_5MoeLayer(c, full, Place()) for full in (False, True)}

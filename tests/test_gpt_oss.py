@@ -1,14 +1,12 @@
 """GPT-OSS against transformers, in every corner of the config; decoding, packed documents, parts, bad settings."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import families
 import pytest
 import torch
 
-from pithtrain.config import GptOssConfig, UserError, config_from_tables, load_config
-from pithtrain.models.decoder import count_parameters
+from pithtrain.config import GptOssConfig, UserError, config_from_tables
 from pithtrain.models.gpt_oss import gpt_oss
 from pithtrain.models.stages import Place
 
@@ -188,16 +186,6 @@ def test_selection_bias_sends_tokens_elsewhere_and_leaves_the_weights():
     chosen = routing[1].probs.gather(1, routing[1].expert_ids)
     torch.testing.assert_close(routing[1].weights, chosen / chosen.sum(dim=1, keepdim=True))
     assert "layers.1.router.bias" in model.state_dict()
-
-
-@pytest.mark.parametrize("name, total, active", [("gpt-oss-20b", 20.9, 3.6), ("gpt-oss-120b", 116.8, 5.1)])
-def test_published_configs_have_the_published_sizes(name, total, active):
-    c = load_config(Path(__file__).parent.parent / "configs" / f"{name}.toml").model
-    with torch.device("meta"):
-        model = gpt_oss(c)
-    whole, used = count_parameters(model, c.experts, c.top_k)
-    assert round(whole / 1e9, 1) == total
-    assert round((used - c.vocab_size * c.hidden) / 1e9, 1) == active
 
 
 @pytest.mark.parametrize(

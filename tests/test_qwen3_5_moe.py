@@ -1,15 +1,13 @@
 """Qwen3.5-MoE against transformers, in every corner of the config; decoding, packed documents, parts, bad settings."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import families
 import pytest
 import torch
 
-from pithtrain.config import Qwen3_5MoeConfig, UserError, config_from_tables, load_config
+from pithtrain.config import Qwen3_5MoeConfig, UserError, config_from_tables
 from pithtrain.layers.delta_rule import DeltaCache, GatedDeltaNet
-from pithtrain.models.decoder import count_parameters
 from pithtrain.models.qwen3_5_moe import qwen3_5_moe
 from pithtrain.models.stages import Place
 
@@ -207,16 +205,6 @@ def test_first_memories_have_many_rates():
     """As in the published models, rates between 0 and 16, and the same on every machine."""
     rates = qwen3_5_moe(replace(BASE, delta_value_heads=8)).layers["0"].attention.A_log.exp()
     torch.testing.assert_close(rates, torch.arange(8) * 2 + 1.0)
-
-
-@pytest.mark.parametrize("name, total, active", [("35b-a3b", 35, 3), ("122b-a10b", 122, 10), ("397b-a17b", 397, 17)])
-def test_published_configs_have_the_published_sizes(name, total, active):
-    """Within 1% of the name's total, which counts a vision encoder, and within half a billion of its active part."""
-    c = load_config(Path(__file__).parent.parent / "configs" / f"qwen3.5-{name}.toml").model
-    with torch.device("meta"):
-        model = qwen3_5_moe(c)
-    whole, used = count_parameters(model, c.experts, c.top_k)
-    assert abs(whole / 1e9 / total - 1) < 0.01 and abs(used / 1e9 - active) < 0.5
 
 
 @pytest.mark.parametrize(
