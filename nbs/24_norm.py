@@ -15,6 +15,7 @@
 # %%
 #| export
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -67,6 +68,10 @@ class RMSNormFunction(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
+# %% [markdown]
+# On a GPU torch has one kernel for all of it, forward, and two backward; on a CPU it has none.
+
+
 # %%
 #| export
 class RMSNorm(nn.Module):
@@ -79,6 +84,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` (..., features); the dtype stays."""
+        if x.is_cuda:
+            return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
         return RMSNormFunction.apply(x, self.weight, self.eps)
 
 

@@ -127,7 +127,7 @@ KINDS = {
 
 
 def step_profile(step: Step, ids: Tensor) -> dict[str, dict[str, float]]:
-    """Milliseconds of one step's device time, by kind of work and for the ten longest operators or kernels."""
+    """Milliseconds of one step's device time, by kind of work and for the longest operators or kernels."""
     from torch.profiler import ProfilerActivity, profile
 
     cuda = ids.is_cuda
@@ -140,8 +140,8 @@ def step_profile(step: Step, ids: Tensor) -> dict[str, dict[str, float]]:
     for key, ms in spent.items():
         name = key.lower()
         kinds[next((k for k, words in KINDS.items() if any(w in name for w in words)), "everything else")] += ms
-    longest = sorted(spent, key=spent.__getitem__, reverse=True)[:10]
-    return {"kinds": kinds, "longest": {key[:90]: spent[key] for key in longest}}
+    longest = sorted(spent, key=spent.__getitem__, reverse=True)[:25]
+    return {"kinds": kinds, "longest": {key: spent[key] for key in longest}}
 
 
 # %% [markdown]
@@ -312,4 +312,4 @@ if file.exists():
     print(describe_bench_step(measured))
     print(f"{measured['date']}; of 989 TFLOP/s: {measured['tflops']['pithtrain'] / 989:.0%}")
     for kernel, ms in measured["profiles"]["pithtrain"]["longest"].items():
-        print(f"{ms:9.1f} ms  {kernel}")
+        print(f"{ms:9.1f} ms  {kernel[:100]}")

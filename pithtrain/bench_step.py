@@ -75,7 +75,7 @@ def transformers_step(config: Config, experts_implementation: str) -> Step:
     optimizer = make_optimizer(dict(twin.named_parameters()), config.optimizer)
     return lambda ids: plain_step(twin, optimizer, ids, config)
 
-# %% ../nbs/86_bench_step.py #KINDS@73391d9b
+# %% ../nbs/86_bench_step.py #KINDS@e60b6b10
 KINDS = {
     "attention": ("flash", "fmha", "scaled_dot_product", "sdpa"),
     "our experts' kernels": ("up_kernel", "product_kernel", "gradient_kernel", "combine_kernel", "dispatch_kernel"),
@@ -86,7 +86,7 @@ KINDS = {
 
 
 def step_profile(step: Step, ids: Tensor) -> dict[str, dict[str, float]]:
-    """Milliseconds of one step's device time, by kind of work and for the ten longest operators or kernels."""
+    """Milliseconds of one step's device time, by kind of work and for the longest operators or kernels."""
     from torch.profiler import ProfilerActivity, profile
 
     cuda = ids.is_cuda
@@ -99,8 +99,8 @@ def step_profile(step: Step, ids: Tensor) -> dict[str, dict[str, float]]:
     for key, ms in spent.items():
         name = key.lower()
         kinds[next((k for k, words in KINDS.items() if any(w in name for w in words)), "everything else")] += ms
-    longest = sorted(spent, key=spent.__getitem__, reverse=True)[:10]
-    return {"kinds": kinds, "longest": {key[:90]: spent[key] for key in longest}}
+    longest = sorted(spent, key=spent.__getitem__, reverse=True)[:25]
+    return {"kinds": kinds, "longest": {key: spent[key] for key in longest}}
 
 # %% ../nbs/86_bench_step.py #flops_per_token@b949fe7c
 def flops_per_token(config: Config) -> float:

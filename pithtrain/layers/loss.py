@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ..kernels.cross_entropy import row_losses
 
-# %% ../../nbs/27_loss.py #LinearCrossEntropy@6ea80f1c
+# %% ../../nbs/27_loss.py #LinearCrossEntropy@ddaae26a
 class LinearCrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies of `hidden @ weight.T`, gradients made chunk by chunk in the forward."""
 
@@ -28,7 +28,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             total += row_losses(logits, targets[piece], training).sum()
             if training:
                 torch.mm(logits, matrix, out=grad_hidden[piece])
-                grad_weight += logits.t() @ hidden[piece]
+                if hidden.is_cuda and hidden.dtype != torch.float32:  # added in fp32 as it is multiplied
+                    torch.addmm(grad_weight, logits.t(), hidden[piece], out_dtype=torch.float32, out=grad_weight)
+                else:
+                    grad_weight += logits.t() @ hidden[piece]
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total

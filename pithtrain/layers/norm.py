@@ -5,8 +5,9 @@
 # %% auto
 __all__ = ['RMSNormFunction', 'RMSNorm']
 
-# %% ../../nbs/24_norm.py #imports@21cf47d8
+# %% ../../nbs/24_norm.py #imports@4e298389
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -35,7 +36,7 @@ class RMSNormFunction(torch.autograd.Function):
         grad_x = grad_unit.addcmul_(unit, mean, value=-1).mul_(inverse)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
-# %% ../../nbs/24_norm.py #RMSNorm@e8b05a38
+# %% ../../nbs/24_norm.py #RMSNorm@96f92638
 class RMSNorm(nn.Module):
     """RMSNorm over the last axis, of `features` features."""
 
@@ -46,4 +47,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` (..., features); the dtype stays."""
+        if x.is_cuda:
+            return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
         return RMSNormFunction.apply(x, self.weight, self.eps)
