@@ -6,7 +6,7 @@
 __all__ = ['SECRET', 'LARGEST', 'Plan', 'claim', 'strike_secrets', 'Ran', 'run_program', 'run_agent', 'replay', 'check_rule',
            'ask_judge', 'verdicts', 'keep_artefacts', 'capture', 'run_attempt']
 
-# %% ../nbs/ate_bench/24_attempt.py #imports@83714a07
+# %% ../nbs/ate_bench/24_attempt.py #imports@33752a4a
 import contextlib
 import json
 import os
@@ -23,7 +23,7 @@ from typing import Any
 
 from .check import Verdict, check_answer, judging_prompt, overall, read_judgement, read_outcome
 from .session import Session, gpu_seconds, read_session, take_metrics
-from .task import Agent, Framework, Rule, Task
+from .task import PACKAGE, Agent, Framework, Rule, Task
 from .workspace import Workspace, confine, environment, make_workspace, program_paths
 from pithtrain.config import UserError
 
@@ -171,18 +171,19 @@ def replay(recorded: Path, workspace: Workspace, record: Path) -> Ran:
         shutil.copytree(recorded / "out", workspace.out, dirs_exist_ok=True)
     return Ran(before.get("exit_code"), before["started"], before["ended"], "")
 
-# %% ../nbs/ate_bench/24_attempt.py #check_rule@cc358d52
+# %% ../nbs/ate_bench/24_attempt.py #check_rule@6bd70fca
 def check_rule(rule: Rule, plan: Plan, workspace: Workspace, record: Path, answer: str) -> Verdict:
     """The verdict of a program on one rule."""
     if rule.kind != "command":
         return check_answer(rule, plan.framework.name, answer, workspace.repo)
-    places = {"python": plan.framework.python or sys.executable, "task": plan.task.folder}
+    common = PACKAGE / "tasks" / "common"
+    places = {"python": plan.framework.python or sys.executable, "task": plan.task.folder, "common": common}
     places |= {"repo": workspace.repo, "out": workspace.out}
     command = [*rule.command, *rule.per.get(plan.framework.name, [])]
     for name, value in places.items():
         command = [part.replace(f"{{{name}}}", str(value)) for part in command]
     log = record / f"check-{rule.id}.jsonl"
-    ran = run_program(command, plan, workspace, log, 20, readable=frozenset({plan.task.folder}))
+    ran = run_program(command, plan, workspace, log, 20, readable=frozenset({plan.task.folder, common}))
     return read_outcome(rule.id, ran.code, ran.output)
 
 # %% ../nbs/ate_bench/24_attempt.py #ask_judge@2a236c21

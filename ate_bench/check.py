@@ -4,7 +4,7 @@
 
 # %% auto
 __all__ = ['CITATION', 'DEFINITIONS', 'Verdict', 'overall', 'definitions_around', 'Citation', 'follow_citation', 'citations',
-           'check_answer', 'read_outcome', 'judging_prompt', 'read_judgement']
+           'check_statement', 'check_answer', 'read_outcome', 'judging_prompt', 'read_judgement']
 
 # %% ../nbs/ate_bench/23_check.py #imports@271b5688
 import ast
@@ -85,9 +85,25 @@ def citations(answer: str, repo: Path) -> list[Citation]:
     matches = {match[0]: match for match in CITATION.finditer(answer)}
     return [follow_citation(match, repo) for match in matches.values()]
 
-# %% ../nbs/ate_bench/23_check.py #check_answer@12fcebc4
+# %% ../nbs/ate_bench/23_check.py #check_statement@a93cd7fc
+def check_statement(rule: Rule, wanted: str, answer: str) -> Verdict:
+    """The verdict of a rule of kind `states`: the answer's line `LABEL: value` has one of the values `a|b`."""
+    line = re.search(
+        rf"^[*_\s-]*{re.escape(rule.label)}[*_`\s]*:[*_`\s]*([\w.+-]+)", answer, re.MULTILINE | re.IGNORECASE
+    )
+    if line is None:
+        return Verdict(rule.id, "FAIL", f"there is no line '{rule.label}: value'")
+    value = line[1].lower().rstrip(".")
+    right = bool({value, value.rpartition(".")[2]} & set(wanted.lower().split("|")))
+    return Verdict(
+        rule.id, "PASS" if right else "FAIL", f"{rule.label}: {value}" + f", expected {wanted}" * (not right)
+    )
+
+# %% ../nbs/ate_bench/23_check.py #check_answer@057cbc3d
 def check_answer(rule: Rule, framework: str, answer: str, repo: Path) -> Verdict:
-    """The verdict of a rule of kind `stance`, `citations` or `cites`."""
+    """The verdict of a rule of kind `stance`, `states`, `citations` or `cites`."""
+    if rule.kind == "states":
+        return check_statement(rule, rule.per[framework], answer)
     found = citations(answer, repo)
     wrong = [citation for citation in found if citation.wrong]
     if rule.kind == "stance":
@@ -101,7 +117,8 @@ def check_answer(rule: Rule, framework: str, answer: str, repo: Path) -> Verdict
         right = len(found) >= rule.least
         return Verdict(rule.id, "PASS" if right else "FAIL", f"{len(found)} citations hold, {rule.least} are needed")
     inside = [f".{name}" for citation in found if not citation.wrong for name in citation.around]
-    missing = [name for name in rule.per[framework] if not any(at.endswith(f".{name}") for at in inside)]
+    endings = {name: tuple(f".{one}" for one in name.split("|")) for name in rule.per[framework]}
+    missing = [name for name, either in endings.items() if not any(at.endswith(either) for at in inside)]
     reason = f"no citation lies in {', '.join(missing)}" if missing else f"cited: {', '.join(rule.per[framework])}"
     return Verdict(rule.id, "FAIL" if missing else "PASS", reason)
 

@@ -52,10 +52,10 @@ def find_file(kind: str, name: str) -> Path:
         raise UserError(f"{name}: not among the {kind} {', '.join(known)}, and no path of a .toml file")
     return PACKAGE / kind / f"{name}.toml"
 
-# %% ../nbs/ate_bench/21_task.py #RULE_KINDS@d52bf8f3
-RULE_KINDS = ("stance", "citations", "cites", "command", "judge")
+# %% ../nbs/ate_bench/21_task.py #RULE_KINDS@765fad0c
+RULE_KINDS = ("stance", "states", "citations", "cites", "command", "judge")
 
-# %% ../nbs/ate_bench/21_task.py #Rule@a78dc637
+# %% ../nbs/ate_bench/21_task.py #Rule@f4177d48
 @dataclass(frozen=True)
 class Rule:
     """One thing that must hold of an attempt."""
@@ -63,11 +63,12 @@ class Rule:
     id: str
     kind: str
     least: int = 1  #: citations that are needed
+    label: str = ""  #: of the answer's line
     question: str = ""  #: to the judging agent
-    command: list[str] = field(default_factory=list)  #: with {python} {task} {repo} {out}
-    per: dict[str, Any] = field(default_factory=dict)  #: by framework: stance, definitions, truth, or more arguments
+    command: list[str] = field(default_factory=list)  #: with {python} {task} {common} {repo} {out}
+    per: dict[str, Any] = field(default_factory=dict)  #: by framework: value, definitions, truth, or more arguments
 
-# %% ../nbs/ate_bench/21_task.py #Task@1dd877ba
+# %% ../nbs/ate_bench/21_task.py #Task@ccad8daf
 @dataclass(frozen=True)
 class Task:
     """A folder of tasks/SUITE/TASK, read."""
@@ -85,7 +86,8 @@ class Task:
 
     def instruction(self, variant: str) -> str:
         """What the agent is told, for the variant `cpu` or `gpu`; {repo} and {out} are still to be filled in."""
-        parts = [self.folder / "instruction.md", self.folder / f"{variant}.md"]
+        names = ("instruction.md", f"{variant}.md", "../suite.md", f"../{variant}.md")
+        parts = [self.folder / name for name in names]
         return "\n".join(part.read_text(encoding="utf-8") for part in parts if part.exists())
 
 # %% ../nbs/ate_bench/21_task.py #load_task@07c8e616

@@ -13,6 +13,8 @@
 #                    rules.toml          what makes an answer right
 #                    prepare/FRAMEWORK.sh  run in the workspace first (where there is one)
 #                    ...                 checkers that rules.toml names; the agent never sees this folder
+#         SUITE/suite.md, cpu.md, gpu.md   what it is told besides, in every task of the suite
+#         common/                        checkers that several tasks share
 #   frameworks/FRAMEWORK.toml
 #   agents/AGENT.toml
 # ```
@@ -88,8 +90,9 @@ def find_file(kind: str, name: str) -> Path:
 # | kind | passes when |
 # |---|---|
 # | `stance` | the answer's first line is `Verdict: present` or `Verdict: absent`, as `per` says for the framework |
+# | `states` | the answer has a line `LABEL: value` with the value that `per` says, or one of them: `a|b` |
 # | `citations` | at least `least` citations, and each exists and names what stands there |
-# | `cites` | a citation lands in each of the definitions that `per` lists for the framework |
+# | `cites` | a citation lands in each of the definitions that `per` lists for the framework; `A|B` is either |
 # | `command` | `command` leaves with 0 and a last line that begins with PASS |
 # | `judge` | a judging agent says so, told the `question` and what is true of the framework |
 #
@@ -97,7 +100,7 @@ def find_file(kind: str, name: str) -> Path:
 
 # %%
 #| export
-RULE_KINDS = ("stance", "citations", "cites", "command", "judge")
+RULE_KINDS = ("stance", "states", "citations", "cites", "command", "judge")
 
 
 # %%
@@ -109,9 +112,10 @@ class Rule:
     id: str
     kind: str
     least: int = 1  #: citations that are needed
+    label: str = ""  #: of the answer's line
     question: str = ""  #: to the judging agent
-    command: list[str] = field(default_factory=list)  #: with {python} {task} {repo} {out}
-    per: dict[str, Any] = field(default_factory=dict)  #: by framework: stance, definitions, truth, or more arguments
+    command: list[str] = field(default_factory=list)  #: with {python} {task} {common} {repo} {out}
+    per: dict[str, Any] = field(default_factory=dict)  #: by framework: value, definitions, truth, or more arguments
 
 
 # %%
@@ -133,7 +137,8 @@ class Task:
 
     def instruction(self, variant: str) -> str:
         """What the agent is told, for the variant `cpu` or `gpu`; {repo} and {out} are still to be filled in."""
-        parts = [self.folder / "instruction.md", self.folder / f"{variant}.md"]
+        names = ("instruction.md", f"{variant}.md", "../suite.md", f"../{variant}.md")
+        parts = [self.folder / name for name in names]
         return "\n".join(part.read_text(encoding="utf-8") for part in parts if part.exists())
 
 

@@ -144,13 +144,38 @@ assert [not citation.wrong for citation in citations(answer, repo)] == [True, Tr
 # ## Rules on answers
 #
 # A definition counts as cited when a citation that holds lies within it. Definitions of a task's key are
-# named without their module, so that a file may move; an answer may cite the notebook or the module.
+# named without their module, so that a file may move; an answer may cite the notebook or the module. What has one
+# short answer is asked for as a line of its own, `Pairs: halves`, and no judge is paid to find it.
+
+
+# %%
+#| export
+def check_statement(rule: Rule, wanted: str, answer: str) -> Verdict:
+    """The verdict of a rule of kind `states`: the answer's line `LABEL: value` has one of the values `a|b`."""
+    line = re.search(
+        rf"^[*_\s-]*{re.escape(rule.label)}[*_`\s]*:[*_`\s]*([\w.+-]+)", answer, re.MULTILINE | re.IGNORECASE
+    )
+    if line is None:
+        return Verdict(rule.id, "FAIL", f"there is no line '{rule.label}: value'")
+    value = line[1].lower().rstrip(".")
+    right = bool({value, value.rpartition(".")[2]} & set(wanted.lower().split("|")))
+    return Verdict(
+        rule.id, "PASS" if right else "FAIL", f"{rule.label}: {value}" + f", expected {wanted}" * (not right)
+    )
+
+
+# %%
+pairs = Rule("pairs", "states", label="Pairs")
+for said in ("Pairs: halves", "**Pairs:** `Halves`.", "Pairs: neighbours", "They are halves."):
+    print(check_statement(pairs, "halves|half", said))
 
 
 # %%
 #| export
 def check_answer(rule: Rule, framework: str, answer: str, repo: Path) -> Verdict:
-    """The verdict of a rule of kind `stance`, `citations` or `cites`."""
+    """The verdict of a rule of kind `stance`, `states`, `citations` or `cites`."""
+    if rule.kind == "states":
+        return check_statement(rule, rule.per[framework], answer)
     found = citations(answer, repo)
     wrong = [citation for citation in found if citation.wrong]
     if rule.kind == "stance":
@@ -164,7 +189,8 @@ def check_answer(rule: Rule, framework: str, answer: str, repo: Path) -> Verdict
         right = len(found) >= rule.least
         return Verdict(rule.id, "PASS" if right else "FAIL", f"{len(found)} citations hold, {rule.least} are needed")
     inside = [f".{name}" for citation in found if not citation.wrong for name in citation.around]
-    missing = [name for name in rule.per[framework] if not any(at.endswith(f".{name}") for at in inside)]
+    endings = {name: tuple(f".{one}" for one in name.split("|")) for name in rule.per[framework]}
+    missing = [name for name, either in endings.items() if not any(at.endswith(either) for at in inside)]
     reason = f"no citation lies in {', '.join(missing)}" if missing else f"cited: {', '.join(rule.per[framework])}"
     return Verdict(rule.id, "FAIL" if missing else "PASS", reason)
 
@@ -175,6 +201,7 @@ for rule in (
     Rule("all hold", "citations"),
     Rule("turn", "cites", per={"f": ["Rope.turn"]}),
     Rule("twist", "cites", per={"f": ["Rope.twist"]}),
+    Rule("either", "cites", per={"f": ["Rope.twist|Rope.turn"]}),
 ):
     print(check_answer(rule, "f", answer, repo))
 holder.cleanup()

@@ -36,7 +36,7 @@ from typing import Any
 
 from ate_bench.check import Verdict, check_answer, judging_prompt, overall, read_judgement, read_outcome
 from ate_bench.session import Session, gpu_seconds, read_session, take_metrics
-from ate_bench.task import Agent, Framework, Rule, Task
+from ate_bench.task import PACKAGE, Agent, Framework, Rule, Task
 from ate_bench.workspace import Workspace, confine, environment, make_workspace, program_paths
 from pithtrain.config import UserError
 
@@ -268,13 +268,14 @@ def check_rule(rule: Rule, plan: Plan, workspace: Workspace, record: Path, answe
     """The verdict of a program on one rule."""
     if rule.kind != "command":
         return check_answer(rule, plan.framework.name, answer, workspace.repo)
-    places = {"python": plan.framework.python or sys.executable, "task": plan.task.folder}
+    common = PACKAGE / "tasks" / "common"
+    places = {"python": plan.framework.python or sys.executable, "task": plan.task.folder, "common": common}
     places |= {"repo": workspace.repo, "out": workspace.out}
     command = [*rule.command, *rule.per.get(plan.framework.name, [])]
     for name, value in places.items():
         command = [part.replace(f"{{{name}}}", str(value)) for part in command]
     log = record / f"check-{rule.id}.jsonl"
-    ran = run_program(command, plan, workspace, log, 20, readable=frozenset({plan.task.folder}))
+    ran = run_program(command, plan, workspace, log, 20, readable=frozenset({plan.task.folder, common}))
     return read_outcome(rule.id, ran.code, ran.output)
 
 
@@ -421,7 +422,7 @@ def run_attempt(plan: Plan, results: Path) -> Path:
 # ## An attempt, with a shell for an agent
 #
 # The agent here is a shell script that has read the code for us: it greps the lines that it cites, and prints
-# two replies in Claude Code's form. The judging rules stay open, as no judge was named. Played again, the recorded
+# two replies in Claude Code's form. The judging rule stays open, as no judge was named. Played again, the recorded
 # attempt gives the same verdicts and the same metrics.
 
 # %%
@@ -432,7 +433,7 @@ session = [
 script = r"""
 cite() { echo "\`$1:$(grep -n "$3" $1 | head -1 | cut -d: -f1) $2\`"; }
 {
-    echo "Verdict: present"
+    echo "Verdict: present"; echo "Pairs: halves"
     cite pithtrain/layers/rotary.py rotary_table "def rotary_table"
     cite pithtrain/layers/rotary.py rotate "def rotate("
     cite pithtrain/layers/attention.py Attention "^class Attention("

@@ -73,7 +73,7 @@ def cite(definition: str, name: str, shift: int = 0) -> str:
 def rotary_script(shift: int) -> list[Reply]:
     table, turn = cite("def rotary_table(", "rotary_table", shift), cite("def rotate(", "rotate", shift)
     answer = (
-        f"Verdict: present\nAngles in float32 from rope_theta: {table}. Halves: {turn}. "
+        f"Verdict: present\nPairs: halves\nAngles in float32 from rope_theta: {table}. Halves: {turn}. "
         f"Called on queries and keys: {cite('class Attention(', 'Attention')}.\n"
     )
     return [
@@ -90,10 +90,8 @@ def test_a_question_is_answered(tmp_path, monkeypatch):
     model = ScriptedModel(script)
     facts = play(model, "qa/rotary_positions", tmp_path, monkeypatch, "--judge", "mini", "--judge-model", "scripted")
     assert facts["verdict"] == "PASS", facts["rules"]
-    assert set(outcomes(facts)) == {
-        "read-only", "stance", "citations", "table-and-rotation", "caller", "pairs", "precision",
-    }  # fmt: skip
-    assert model.judged == 2
+    assert set(outcomes(facts)) == {"read-only", "stance", "citations", "pairs", "places", "precision"}
+    assert model.judged == 1
     check_metrics(facts, script, gpu=0)
 
 
@@ -102,9 +100,9 @@ def test_a_question_is_answered_with_citations_that_do_not_hold(tmp_path, monkey
     facts = play(model, "qa/rotary_positions", tmp_path, monkeypatch, "--judge", "mini", "--judge-model", "scripted")
     assert facts["verdict"] == "FAIL"
     found = outcomes(facts)
-    assert found["stance"] == found["caller"] == "PASS"
-    assert found["citations"] == found["table-and-rotation"] == "FAIL"
-    assert found["pairs"] == "UNJUDGED" and model.judged == 0  # no judge is paid where a program said no
+    assert found["stance"] == found["pairs"] == "PASS"
+    assert found["citations"] == found["places"] == "FAIL"
+    assert found["precision"] == "UNJUDGED" and model.judged == 0  # no judge is paid where a program said no
     reasons = {rule["rule"]: rule["reason"] for rule in facts["rules"]}
     assert "neither on line" in reasons["citations"]
 
