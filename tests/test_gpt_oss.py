@@ -1,5 +1,6 @@
 """GPT-OSS against transformers, in every corner of the config; decoding, packed documents, parts, bad settings."""
 
+import random
 from dataclasses import replace
 
 import families
@@ -38,6 +39,21 @@ SHAPES = {
     "eps 1e-2": (replace(BASE, norm_eps=1e-2), 2, 16),
     "deep, many experts": (replace(BASE, layers=6, experts=32, top_k=6, expert_hidden=8), 2, 23),
 }
+
+
+def drawn(seed):
+    """A shape by chance."""
+    pick = random.Random(seed)
+    kv_heads, experts = pick.choice((1, 2, 3)), pick.choice((3, 8, 17))
+    c = replace(BASE, layers=pick.randint(1, 4), hidden=pick.choice((16, 24, 40)), heads=kv_heads * pick.choice((1, 2)),
+                kv_heads=kv_heads, head_dim=pick.choice((4, 10, 16)), experts=experts, top_k=pick.randint(1, experts),
+                expert_hidden=pick.choice((8, 24)), window=pick.choice((1, 3, 10, 60)),
+                yarn_factor=pick.choice((1.0, 4.0, 32.0)), yarn_length=pick.choice((16, 64)),
+                rope_theta=pick.choice((100.0, 1e4, 150_000.0)), tie_embeddings=pick.random() < 0.5)  # fmt: skip
+    return c, pick.randint(1, 3), pick.randint(2, 50)
+
+
+SHAPES |= {f"drawn {seed}": drawn(seed) for seed in range(8)}
 RENAMED = {
     "attention_norm": "input_layernorm",
     "expert_norm": "post_attention_layernorm",
@@ -140,7 +156,7 @@ def test_decoding_from_the_cache_is_full_recomputation_token_for_token(name):
         assert [t.shape for t in cache.kept] == [(2, c.kv_heads, kept, c.head_dim)] * 2
 
 
-@pytest.mark.parametrize("name", ["base", "window longer than the text"])
+@pytest.mark.parametrize("name", ["base", "window of one", "window longer than the text", "no yarn"])
 def test_packed_documents_are_the_documents_apart(name):
     families.packed_is_apart(SHAPES[name][0])
 

@@ -1,5 +1,6 @@
 """Qwen3.5-MoE against transformers, in every corner of the config; decoding, packed documents, parts, bad settings."""
 
+import random
 from dataclasses import replace
 
 import families
@@ -43,6 +44,24 @@ SHAPES = {
     "eps 1e-6": (replace(BASE, norm_eps=1e-6), 2, 16),
     "deep, many experts": (replace(BASE, layers=8, experts=32, top_k=6, expert_hidden=8), 2, 23),
 }
+
+
+def drawn(seed):
+    """A shape by chance."""
+    pick = random.Random(seed)
+    kv_heads, experts, head_dim = pick.choice((1, 2, 3)), pick.choice((3, 8, 17)), pick.choice((4, 8, 16))
+    key_heads = pick.choice((1, 2, 3))
+    c = replace(BASE, layers=pick.randint(1, 5), full_every=pick.randint(1, 4), hidden=pick.choice((16, 24, 40)),
+                heads=kv_heads * pick.choice((1, 2)), kv_heads=kv_heads, head_dim=head_dim,
+                rope_dim=pick.choice([n for n in (2, 4, 8) if n <= head_dim]), delta_key_heads=key_heads,
+                delta_value_heads=key_heads * pick.choice((1, 2)), delta_key_dim=pick.choice((4, 10)),
+                delta_value_dim=pick.choice((4, 10)), delta_taps=pick.choice((2, 3, 4)), experts=experts,
+                top_k=pick.randint(1, experts), expert_hidden=pick.choice((8, 20)), shared_hidden=pick.choice((8, 20)),
+                rope_theta=pick.choice((100.0, 1e7)), tie_embeddings=pick.random() < 0.5)  # fmt: skip
+    return c, pick.randint(1, 3), pick.randint(2, 90)
+
+
+SHAPES |= {f"drawn {seed}": drawn(seed) for seed in range(8)}
 RENAMED = {
     "attention_norm": "input_layernorm",
     "expert_norm": "post_attention_layernorm",

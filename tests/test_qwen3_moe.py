@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import random
 
+import families
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,6 +41,19 @@ SHAPES = {
     "deep, many experts": (shape(layers=5, experts=32, top_k=6, expert_hidden=8), 2, 23),
 }
 
+
+def drawn(seed):
+    """A shape by chance."""
+    pick = random.Random(seed)
+    kv_heads, experts = pick.choice((1, 2, 3)), pick.choice((3, 8, 17))
+    c = shape(layers=pick.randint(1, 4), hidden=pick.choice((16, 24, 40)), heads=kv_heads * pick.choice((1, 2, 3)),
+              kv_heads=kv_heads, head_dim=pick.choice((4, 10, 16)), experts=experts, top_k=pick.randint(1, experts),
+              expert_hidden=pick.choice((8, 20)), renormalise=pick.random() < 0.5, tie_embeddings=pick.random() < 0.5,
+              rope_theta=pick.choice((100.0, 1e4, 1e6)), norm_eps=pick.choice((1e-6, 1e-5)))  # fmt: skip
+    return c, pick.randint(1, 3), pick.randint(2, 50)
+
+
+SHAPES |= {f"drawn {seed}": drawn(seed) for seed in range(8)}
 RENAMED = {
     "attention_norm": "input_layernorm",
     "expert_norm": "post_attention_layernorm",
@@ -177,6 +192,26 @@ def test_logits_routing_and_gradients_are_those_of_transformers(name, attention)
             largest = max(largest, error(p.grad, their_grad))
             assert error(p.grad, their_grad) < 1e-4, n
     print(f"{name}, {attention}: logits {difference:.1e}, gradients {largest:.1e}")  # seen with pytest -rP
+
+
+@pytest.mark.parametrize("name", ["base", "not renormalised", "theta 1e6, long", "one kv head"])
+def test_decoding_from_the_cache_is_full_recomputation_token_for_token(name):
+    c = SHAPES[name][0]
+    for cache in families.decodes_as_it_reads(c):
+        assert [t.shape for t in cache.kept] == [(2, c.kv_heads, 16, c.head_dim)] * 2
+
+
+@pytest.mark.parametrize("name", ["base", "not renormalised", "one kv head", "heads wider than hidden"])
+def test_packed_documents_are_the_documents_apart(name):
+    families.packed_is_apart(SHAPES[name][0])
+
+
+def test_parts_are_the_whole():
+    families.parts_are_the_whole(shape(tie_embeddings=False, layers=3), 1)
+
+
+def test_recomputed_gradients_are_the_same():
+    families.recomputed_is_the_same(BASE)
 
 
 def test_balance_losses_meet_those_of_transformers():
