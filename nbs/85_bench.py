@@ -19,7 +19,7 @@ import datetime
 import importlib.metadata
 import importlib.util
 import statistics
-import time
+import timeit
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ from torch import Tensor
 from pithtrain.config import UserError
 from pithtrain.kernels.dispatch import gather_sum, plan_rows, reference_gather_sum, reference_plan_rows
 from pithtrain.kernels.expert_mlp import expert_mlp
+from pithtrain.kernels.lang import triton
 from pithtrain.kernels.router import route
 from pithtrain.layers.experts import ExpertMLP
 from pithtrain.layers.router import Routed
@@ -142,13 +143,16 @@ class Entrant(NamedTuple):
     build: Callable[[Problem], Block]
 
 
-def pithtrain_block(problem: Problem) -> Block:
-    """Our block: `route`, then the kernels' `expert_mlp` on CUDA and the layer's `ExpertMLP` elsewhere."""
+def pithtrain_block(problem: Problem, expert_ids: Tensor | None = None, exchange: Exchange = AtHome()) -> Block:
+    """Our block, experts by the kernels on CUDA; `expert_ids` (T, K) in place of the router's, tokens by `exchange`."""
     mlp = expert_mlp if problem.tokens.is_cuda else ExpertMLP.apply
 
     def block(tokens: Tensor) -> Tensor:
-        routing = route(tokens, problem.router, problem.shape.top_k)
-        return mlp(tokens, routing.expert_ids, routing.weights, problem.gate_up, problem.down)
+        weights, ids, probs, _ = route(tokens, problem.router, problem.shape.top_k)
+        routed = Routed(weights, ids if expert_ids is None else expert_ids, probs)
+        arrived, journey = exchange.dispatch(tokens, routed)
+        outputs = mlp(arrived.tokens, arrived.expert_ids, arrived.weights, problem.gate_up, problem.down)
+        return exchange.combine(outputs, journey)
 
     return block
 
@@ -248,18 +252,6 @@ def skewed_ids(shape: Shape, device: torch.device, hottest: float = 8.0) -> Tens
     return ids
 
 
-def skewed_block(problem: Problem) -> Block:
-    """Our block with a Zipf-like load in place of the router's choice."""
-    ids = skewed_ids(problem.shape, problem.tokens.device)
-    mlp = expert_mlp if problem.tokens.is_cuda else ExpertMLP.apply
-
-    def block(tokens: Tensor) -> Tensor:
-        routing = route(tokens, problem.router, problem.shape.top_k)
-        return mlp(tokens, ids, routing.weights, problem.gate_up, problem.down)
-
-    return block
-
-
 # %%
 load = torch.bincount(skewed_ids(SHAPES[-1]._replace(experts=32), torch.device("cpu")).flatten(), minlength=32)
 print("loads over the mean:", [f"{n:.1f}" for n in (load / load.float().mean()).tolist()])
@@ -332,31 +324,11 @@ def floor_products(problem: Problem) -> Callable[[], None]:
 # %%
 #| export
 def median_ms(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median milliseconds of `run` over `repeats`, after a third of a second of warm-up."""
-    cuda = device.type == "cuda"
-    warm = time.perf_counter() + 0.33
-    while time.perf_counter() < warm:
-        run()
-        if cuda:
-            torch.cuda.synchronize()
-    times = []
-    if cuda:
-        flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
-        events = []
-        for _ in range(repeats):
-            flush.zero_()
-            events.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
-            events[-1][0].record()
-            run()
-            events[-1][1].record()
-        torch.cuda.synchronize()
-        times = [start.elapsed_time(end) for start, end in events]
-    else:
-        for _ in range(repeats):
-            began = time.perf_counter()
-            run()
-            times.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(times)
+    """Median milliseconds of `run`: over `repeats` on a CPU; on CUDA with a cold cache, for 30 ms times `repeats`."""
+    if device.type == "cuda":
+        return triton.testing.do_bench(run, warmup=300, rep=30 * repeats, return_mode="median")
+    run()
+    return 1e3 * statistics.median(timeit.repeat(run, number=1, repeat=repeats))
 
 
 # %%
@@ -408,7 +380,7 @@ def bench_moe(shape: Shape, device: torch.device, peers: list[Entrant], repeats:
             difference = ((block(problem.tokens).double() - ours).norm() / ours.norm()).item()
         row = {"name": peer.name, "peak_gib": peak_gib(block, problem), "difference": difference}
         rows.append(row | {"ms": median_ms(lambda block=block: one_pass(block, problem), device, repeats)})
-    skewed = skewed_block(problem)
+    skewed = pithtrain_block(problem, skewed_ids(shape, device))
     ms = median_ms(lambda: one_pass(skewed, problem), device, repeats)
     rows.append({"name": "pithtrain, hottest expert 8x mean", "ms": ms, "peak_gib": None, "difference": None})
     for row in rows:
@@ -520,22 +492,6 @@ def graph_of(run: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def exchange_block(problem: Problem, exchange: Exchange) -> Block:
-    """Our block with its tokens going out and home through `exchange`."""
-    mlp = expert_mlp if problem.tokens.is_cuda else ExpertMLP.apply
-
-    def block(tokens: Tensor) -> Tensor:
-        routing = route(tokens, problem.router, problem.shape.top_k)
-        arrived, journey = exchange.dispatch(tokens, Routed(*routing[:3]))
-        output = mlp(arrived.tokens, arrived.expert_ids, arrived.weights, problem.gate_up, problem.down)
-        return exchange.combine(output, journey)
-
-    return block
-
-
-# %%
-assert torch.equal(exchange_block(small, AtHome())(small.tokens), pithtrain_block(small)(small.tokens))
-
 # %% [markdown]
 # Then the whole block, forward and backward, at home and through an exchange over a group of one rank: every
 # token is gathered, sent by the rank to itself, brought back and added up.
@@ -573,7 +529,7 @@ def bench_dispatch(shape: Shape, device: torch.device, ranks: int = 8, repeats: 
         exchanges = {"at home": AtHome(), "through a group of one": ExpertExchange(dist.group.WORLD)}
         blocks = []
         for name, exchange in exchanges.items():
-            block = exchange_block(problem, exchange)
+            block = pithtrain_block(problem, exchange=exchange)
             row = {"name": name, "peak_gib": peak_gib(block, problem)}
             blocks.append(row | {"ms": median_ms(lambda block=block: one_pass(block, problem), device, repeats)})
     finally:

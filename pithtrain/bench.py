@@ -4,16 +4,15 @@
 
 # %% auto
 __all__ = ['SHAPES', 'Block', 'Shape', 'shape_named', 'shape_for', 'Problem', 'make_problem', 'Entrant', 'pithtrain_block',
-           'grouped', 'torch_block', 'transformers_block', 'skewed_ids', 'skewed_block', 'entrants', 'floor_products',
-           'median_ms', 'one_pass', 'peak_gib', 'bench_moe', 'table', 'graph_of', 'exchange_block', 'bench_dispatch',
-           'describe_dispatch']
+           'grouped', 'torch_block', 'transformers_block', 'skewed_ids', 'entrants', 'floor_products', 'median_ms',
+           'one_pass', 'peak_gib', 'bench_moe', 'table', 'graph_of', 'bench_dispatch', 'describe_dispatch']
 
-# %% ../nbs/85_bench.py #imports@f2514ec9
+# %% ../nbs/85_bench.py #imports@5a3e07d3
 import datetime
 import importlib.metadata
 import importlib.util
 import statistics
-import time
+import timeit
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ from torch import Tensor
 from .config import UserError
 from .kernels.dispatch import gather_sum, plan_rows, reference_gather_sum, reference_plan_rows
 from .kernels.expert_mlp import expert_mlp
+from .kernels.lang import triton
 from .kernels.router import route
 from .layers.experts import ExpertMLP
 from .layers.router import Routed
@@ -89,7 +89,7 @@ def make_problem(shape: Shape, device: torch.device) -> Problem:
     tokens, router, gate_up, down = (t.requires_grad_() for t in leaves)
     return Problem(shape, tokens, new(T, H), router, gate_up, down)
 
-# %% ../nbs/85_bench.py #Block@b6de94fe
+# %% ../nbs/85_bench.py #Block@1971a436
 Block = Callable[[Tensor], Tensor]
 
 
@@ -100,13 +100,16 @@ class Entrant(NamedTuple):
     build: Callable[[Problem], Block]
 
 
-def pithtrain_block(problem: Problem) -> Block:
-    """Our block: `route`, then the kernels' `expert_mlp` on CUDA and the layer's `ExpertMLP` elsewhere."""
+def pithtrain_block(problem: Problem, expert_ids: Tensor | None = None, exchange: Exchange = AtHome()) -> Block:
+    """Our block, experts by the kernels on CUDA; `expert_ids` (T, K) in place of the router's, tokens by `exchange`."""
     mlp = expert_mlp if problem.tokens.is_cuda else ExpertMLP.apply
 
     def block(tokens: Tensor) -> Tensor:
-        routing = route(tokens, problem.router, problem.shape.top_k)
-        return mlp(tokens, routing.expert_ids, routing.weights, problem.gate_up, problem.down)
+        weights, ids, probs, _ = route(tokens, problem.router, problem.shape.top_k)
+        routed = Routed(weights, ids if expert_ids is None else expert_ids, probs)
+        arrived, journey = exchange.dispatch(tokens, routed)
+        outputs = mlp(arrived.tokens, arrived.expert_ids, arrived.weights, problem.gate_up, problem.down)
+        return exchange.combine(outputs, journey)
 
     return block
 
@@ -163,7 +166,7 @@ def transformers_block(problem: Problem) -> Block:
 
     return block
 
-# %% ../nbs/85_bench.py #skewed_ids@0434980d
+# %% ../nbs/85_bench.py #skewed_ids@aa3dbaa0
 def skewed_ids(shape: Shape, device: torch.device, hottest: float = 8.0) -> Tensor:
     """expert_ids (T, K), distinct in each row, whose largest load is `hottest` times the mean."""
     rank = torch.arange(1, shape.experts + 1, device=device).log()
@@ -174,18 +177,6 @@ def skewed_ids(shape: Shape, device: torch.device, hottest: float = 8.0) -> Tens
         ids = (gumbel - s * rank).topk(shape.top_k).indices
         low, high = (s, high) if torch.bincount(ids.flatten()).max() < hottest * mean else (low, s)
     return ids
-
-
-def skewed_block(problem: Problem) -> Block:
-    """Our block with a Zipf-like load in place of the router's choice."""
-    ids = skewed_ids(problem.shape, problem.tokens.device)
-    mlp = expert_mlp if problem.tokens.is_cuda else ExpertMLP.apply
-
-    def block(tokens: Tensor) -> Tensor:
-        routing = route(tokens, problem.router, problem.shape.top_k)
-        return mlp(tokens, ids, routing.weights, problem.gate_up, problem.down)
-
-    return block
 
 # %% ../nbs/85_bench.py #entrants@32f0383e
 def entrants() -> list[Entrant]:
@@ -227,33 +218,13 @@ def floor_products(problem: Problem) -> Callable[[], None]:
 
     return products
 
-# %% ../nbs/85_bench.py #median_ms@a1408866
+# %% ../nbs/85_bench.py #median_ms@862f74a7
 def median_ms(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median milliseconds of `run` over `repeats`, after a third of a second of warm-up."""
-    cuda = device.type == "cuda"
-    warm = time.perf_counter() + 0.33
-    while time.perf_counter() < warm:
-        run()
-        if cuda:
-            torch.cuda.synchronize()
-    times = []
-    if cuda:
-        flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
-        events = []
-        for _ in range(repeats):
-            flush.zero_()
-            events.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
-            events[-1][0].record()
-            run()
-            events[-1][1].record()
-        torch.cuda.synchronize()
-        times = [start.elapsed_time(end) for start, end in events]
-    else:
-        for _ in range(repeats):
-            began = time.perf_counter()
-            run()
-            times.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(times)
+    """Median milliseconds of `run`: over `repeats` on a CPU; on CUDA with a cold cache, for 30 ms times `repeats`."""
+    if device.type == "cuda":
+        return triton.testing.do_bench(run, warmup=300, rep=30 * repeats, return_mode="median")
+    run()
+    return 1e3 * statistics.median(timeit.repeat(run, number=1, repeat=repeats))
 
 # %% ../nbs/85_bench.py #one_pass@adbac625
 def one_pass(block: Block, problem: Problem) -> None:
@@ -276,7 +247,7 @@ def peak_gib(block: Block, problem: Problem) -> float | None:
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
-# %% ../nbs/85_bench.py #bench_moe@0a510d38
+# %% ../nbs/85_bench.py #bench_moe@d7f8a442
 def bench_moe(shape: Shape, device: torch.device, peers: list[Entrant], repeats: int = 20) -> dict:
     """Measure `peers` and the floor on `shape`, print a table, and return what was measured, ready for JSON."""
     shape, measured = shape_for(shape, device)
@@ -292,7 +263,7 @@ def bench_moe(shape: Shape, device: torch.device, peers: list[Entrant], repeats:
             difference = ((block(problem.tokens).double() - ours).norm() / ours.norm()).item()
         row = {"name": peer.name, "peak_gib": peak_gib(block, problem), "difference": difference}
         rows.append(row | {"ms": median_ms(lambda block=block: one_pass(block, problem), device, repeats)})
-    skewed = skewed_block(problem)
+    skewed = pithtrain_block(problem, skewed_ids(shape, device))
     ms = median_ms(lambda: one_pass(skewed, problem), device, repeats)
     rows.append({"name": "pithtrain, hottest expert 8x mean", "ms": ms, "peak_gib": None, "difference": None})
     for row in rows:
@@ -326,7 +297,7 @@ def table(result: dict) -> str:
         )
     return "\n".join(lines)
 
-# %% ../nbs/85_bench.py #graph_of@c889169c
+# %% ../nbs/85_bench.py #graph_of@e1138f17
 def graph_of(run: Callable[[], object]) -> Callable[[], object]:
     """A function that replays what `run` launches on the GPU."""
     stream = torch.cuda.Stream()
@@ -339,20 +310,7 @@ def graph_of(run: Callable[[], object]) -> Callable[[], object]:
         run()
     return graph.replay
 
-
-def exchange_block(problem: Problem, exchange: Exchange) -> Block:
-    """Our block with its tokens going out and home through `exchange`."""
-    mlp = expert_mlp if problem.tokens.is_cuda else ExpertMLP.apply
-
-    def block(tokens: Tensor) -> Tensor:
-        routing = route(tokens, problem.router, problem.shape.top_k)
-        arrived, journey = exchange.dispatch(tokens, Routed(*routing[:3]))
-        output = mlp(arrived.tokens, arrived.expert_ids, arrived.weights, problem.gate_up, problem.down)
-        return exchange.combine(output, journey)
-
-    return block
-
-# %% ../nbs/85_bench.py #bench_dispatch@f86d048b
+# %% ../nbs/85_bench.py #bench_dispatch@fd143ee2
 def bench_dispatch(shape: Shape, device: torch.device, ranks: int = 8, repeats: int = 20) -> dict:
     """Measure dispatch's kernels for one of `ranks` and the block through a group of one; ready for JSON.
 
@@ -383,7 +341,7 @@ def bench_dispatch(shape: Shape, device: torch.device, ranks: int = 8, repeats: 
         exchanges = {"at home": AtHome(), "through a group of one": ExpertExchange(dist.group.WORLD)}
         blocks = []
         for name, exchange in exchanges.items():
-            block = exchange_block(problem, exchange)
+            block = pithtrain_block(problem, exchange=exchange)
             row = {"name": name, "peak_gib": peak_gib(block, problem)}
             blocks.append(row | {"ms": median_ms(lambda block=block: one_pass(block, problem), device, repeats)})
     finally:
