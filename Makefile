@@ -4,9 +4,10 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 AGENT  := $(VENV)/mini/.ready
+DOCS   := $(VENV)/.ready-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup agent train export check sync notebooks test test-notebooks lint bench clean
+.PHONY: help setup agent train export check sync notebooks test test-notebooks test-docs lint docs docs-serve bench clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -23,6 +24,11 @@ $(AGENT): tests/ate_bench/mini.txt $(READY)
 	$(PY) -m venv $(VENV)/mini
 	$(VENV)/mini/bin/python -m pip install -q --disable-pip-version-check --no-deps -r tests/ate_bench/mini.txt
 	@touch $(AGENT)
+
+# What builds the site and looks at it; the browser is the system's own chromium.
+$(DOCS): $(READY)
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $(DOCS)
 
 setup: $(READY)  ## create .venv with the pinned packages
 
@@ -50,10 +56,19 @@ test-notebooks: notebooks  ## run every notebook, as a script and under nbdev's 
 	@$(PY) -m pytest tests/notebooks -n 2
 	@OMP_NUM_THREADS=1 $(VENV)/bin/nbdev_test --path nbs --n_workers 2
 
+docs: $(DOCS)  ## run the notebooks and build the site, docs/_build/html
+	@$(PY) tools/docs.py
+
+docs-serve: docs  ## build the site and show it on http://localhost:8000
+	@$(PY) -m http.server --bind 127.0.0.1 --directory docs/_build/html 8000
+
+test-docs: docs  ## build the site and look at every page in a headless chromium
+	@$(PY) -m pytest tests/docs
+
 test: check lint $(AGENT)  ## everything that needs no GPU
-	@$(PY) -m pytest tests --ignore=tests/notebooks -n 2 --durations=12
+	@$(PY) -m pytest tests --ignore=tests/notebooks --ignore=tests/docs -n 2 --durations=12
 	@$(MAKE) --no-print-directory test-notebooks
 
 clean:  ## remove what can be made again (not .venv, not runs/)
-	rm -rf build dist *.egg-info docs/_build .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info docs/_build docs/.jupyter_cache .pytest_cache .ruff_cache
 	find nbs -name '*.ipynb' -delete
