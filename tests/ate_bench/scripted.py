@@ -5,8 +5,15 @@ import threading
 import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 SUBMIT = "echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
+SOLUTIONS = Path(__file__).parent / "solutions"
+
+
+def solution(task: str) -> str:
+    """The reference solution of a feature task, as it is handed in."""
+    return "".join((SOLUTIONS / f"{name}.py").read_text() for name in (task, "training"))
 
 
 @dataclass(frozen=True)

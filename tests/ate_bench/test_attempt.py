@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -362,37 +361,6 @@ def test_the_report_shows_every_attempt(toy: Framework, tmp_path: Path, task):
     page = files["report.html"].read_text()
     assert "<b>" not in page and "&lt;b&gt;" in page
     assert "data:image/png;base64," in page and "http" not in page  # nothing is fetched
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "reason"),
-    [
-        ("", "", "PASS 4 cases"),
-        ("if previous is not None:", "if False:", "FAIL logits is off by"),
-        ("(a[:, :1] * tokens + a", "(tokens + a", "FAIL output is off by"),
-        ("eta[: self.ffn] = 1.0", "pass", "FAIL balance loss is off by"),
-        ("chosen.mean(0) * probs.mean(0)", "chosen.mean(0) * probs.mean(0).detach()", "FAIL gradient of"),
-        ("class Matrix", "1 / 0\n\n\nclass Matrix", "FAIL ZeroDivisionError"),
-    ],
-)
-def test_the_equations_pass_the_reference_and_no_other(
-    before: str, after: str, reason: str, tmp_path: Path, monkeypatch, capsys
-):
-    code = (HERE / "solutions" / "zero_experts.py").read_text()
-    assert before in code
-    (tmp_path / "ate_feature.py").write_text(code.replace(before, after) if before else code)
-    checker = load_task("feature/zero_experts").folder / "equations.py"
-    monkeypatch.setattr(sys, "argv", [str(checker), str(tmp_path)])
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    sys.modules.pop("ate_feature", None)
-    code = 0
-    try:
-        runpy.run_path(str(checker))
-    except SystemExit as end:
-        code = end.code
-    sys.modules.pop("ate_feature", None)
-    said = capsys.readouterr().out.strip().splitlines()[-1]
-    assert said.startswith(reason) and code == (not reason.startswith("PASS")), said
 
 
 def test_frameworks_are_pinned():

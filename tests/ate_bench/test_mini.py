@@ -14,10 +14,9 @@ from ate_bench.source import read_sources
 from ate_bench.task import load_task
 
 sys.path.insert(0, str(Path(__file__).parent))
-from scripted import SUBMIT, Reply, ScriptedModel
+from scripted import SUBMIT, Reply, ScriptedModel, solution
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-SOLUTION = Path(__file__).parent / "solutions" / "zero_experts.py"
 MINI = shutil.which("mini") or shutil.which("mini", path=str(REPOSITORY / ".venv" / "mini" / "bin"))
 KEY = "sk-scripted-0123456789"
 
@@ -118,7 +117,7 @@ def feature_script(code: str) -> list[Reply]:
 
 
 def test_a_feature_is_added(tmp_path, monkeypatch):
-    script = feature_script(SOLUTION.read_text())
+    script = feature_script(solution("zero_experts"))
     said = json.dumps({"type": "result", "result": "PASS: it uses Experts and Decoder"})
     judge = tmp_path / "judge.toml"
     judge.write_text(f"name = 'judge'\ncommand = ['echo', '{said}']\nformat = 'claude'\n")
@@ -132,7 +131,7 @@ def test_a_feature_is_added(tmp_path, monkeypatch):
 
 
 def test_a_feature_is_added_wrongly(tmp_path, monkeypatch):
-    code = SOLUTION.read_text().replace("probs.topk(self.top_k)", "probs.topk(self.top_k, sorted=True)")
+    code = solution("zero_experts").replace("probs.topk(self.top_k)", "probs.topk(self.top_k, sorted=True)")
     code = code.replace(
         "eta = torch.full", "weights = weights / weights.sum(-1, keepdim=True)\n        eta = torch.full"
     )

@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 STEPS, FALL = 40, 0.8
+STAMP = r"\[?\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d"
 
 
 def main() -> None:
@@ -19,8 +21,11 @@ def main() -> None:
         return print(f"FAIL ate_feature.py left with {done.returncode}: {last}")
     try:
         losses = [float(json.loads(line)["loss"]) for line in (folder / "loss.jsonl").read_text().splitlines()]
+        log = (folder / "train.log").read_text().splitlines() or [""]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return print(f"FAIL loss.jsonl: {type(error).__name__}: {error}")
+        return print(f"FAIL {type(error).__name__}: {error}")
+    if not re.match(STAMP, log[0]) or not re.match(STAMP, log[-1]):
+        return print("FAIL the first and last line of train.log do not begin with the time")
     if len(losses) < STEPS:
         return print(f"FAIL {len(losses)} steps, expected {STEPS}")
     if not all(map(math.isfinite, losses)):
