@@ -51,7 +51,8 @@ print("experts", chosen.tolist(), "with weights", [round(float(w), 2) for w in w
 #   [launched](44_launch.py) and [end together](45_watch.py).
 # - **Pipeline**: [schedules](50_schedule.py) as data, [generated](51_generate.py), [simulated](52_simulate.py),
 #   [lowered](53_lower.py), [validated](54_validate.py), [drawn](55_draw.py), [described](56_describe.py),
-#   [run](57_engine.py) and [fitted](58_fit.py) to what was measured.
+#   [cut in pieces](56a_pieces.py), [run](57_engine.py), [overlapped](57a_overlap.py) and [fitted](58_fit.py) to what
+#   was measured.
 # - **Text**: [corpus](60_corpus.py), [tokenizer](61_tokenizer.py), [shards](62_shards.py),
 #   [batches](63_batches.py), and the [baselines](64_baselines.py) a model must beat.
 # - **Training**: [optimizer](65_optimizer.py), [checkpoint](66_checkpoint.py), [metrics](67_metrics.py),

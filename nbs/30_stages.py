@@ -73,7 +73,8 @@ class Layer(Protocol):
 # ## What a driver owes a model
 #
 # Stages 2 and 4 are one object, the *exchange*: it knows which experts live here and how tokens travel. On
-# a rank alone all of them do, and nothing travels. `Arrived` is what stage 3 gets: tokens, the experts they
+# a rank alone all of them do, and nothing travels. Before tokens can leave, the ranks must know how many will arrive;
+# that is told in `announce`, apart, so that a driver can do something else before it waits for the answer. `Arrived` is what stage 3 gets: tokens, the experts they
 # visit here, numbered from 0 (-1: an expert that lives elsewhere), and the weights of those visits.
 
 
@@ -94,7 +95,11 @@ class Exchange(Protocol):
         """Those of a layer's experts that live on this rank."""
         ...
 
-    def dispatch(self, tokens: Tensor, routed: Routed) -> tuple[Arrived, object]:
+    def announce(self, routed: Routed) -> object:
+        """Ahead of stage 2: ranks tell each other how many rows they will send. Nothing here waits for it."""
+        ...
+
+    def dispatch(self, tokens: Tensor, routed: Routed, announced: object) -> tuple[Arrived, object]:
         """Stage 2: `tokens` (T, H) travel to their experts. The second result is for `combine` alone."""
         ...
 
@@ -109,7 +114,10 @@ class AtHome:
     def share(self, experts: int) -> range:
         return range(experts)
 
-    def dispatch(self, tokens: Tensor, routed: Routed) -> tuple[Arrived, None]:
+    def announce(self, routed: Routed) -> None:
+        return None
+
+    def dispatch(self, tokens: Tensor, routed: Routed, announced: None) -> tuple[Arrived, None]:
         return Arrived(tokens, routed.expert_ids, routed.weights), None
 
     def combine(self, output: Tensor, journey: None) -> Tensor:
@@ -163,7 +171,7 @@ def run_layer(
     residual, tokens, routed = attend(hidden, sequences, cache)
     if routed is None:
         return residual, None
-    arrived, journey = place.exchange.dispatch(tokens, routed)
+    arrived, journey = place.exchange.dispatch(tokens, routed, place.exchange.announce(routed))
     expert_output = place.exchange.combine(experts(*arrived), journey)
     return layer.aggregate(residual, expert_output), routed
 

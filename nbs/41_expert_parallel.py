@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pithtrain.config import UserError
-from pithtrain.kernels.dispatch import gather_sum, plan_rows
+from pithtrain.kernels.dispatch import Plan, gather_sum, plan_rows
 from pithtrain.layers.router import Routed
 from pithtrain.models.stages import Arrived
 
@@ -131,11 +131,11 @@ fig
 # ## The one wait
 #
 # What both directions need is kept in a `Journey`. The device knows how many rows go where; but transfers are
-# given their sizes, and memory is taken, by the host. So once a layer, in `dispatch`, the host waits: when every
-# rank has told the others how many rows it will send, the 2n numbers are copied to the host, and it waits for the
-# event behind that copy. At that moment the device has done all that was queued, up to the router, and stands still
-# until the host has launched the next transfer, unless other work is queued on it, as a pipeline does with
-# another microbatch. Nothing else here waits: rows and ids are computed into buffers of the largest possible
+# given their sizes, and memory is taken, by the host. So once a layer the host waits: in `announce` every rank tells
+# the others how many rows it will send, and the copy of the 2n numbers to the host is started; `dispatch` waits for
+# the event behind that copy. If it does so at once, the device has done all that was queued, up to the router, and
+# stands still until the host has launched the next transfer. A [pipeline](57a_overlap.py) queues another microbatch's
+# work in between. Nothing else here waits: rows and ids are computed into buffers of the largest possible
 # size, which are cut when the numbers are known, and the way home and both backward passes use the same numbers again.
 
 
@@ -152,29 +152,44 @@ class Journey(NamedTuple):
 
 # %%
 #| export
-def to_host(numbers: Tensor) -> list:
-    """`numbers` as a list; from a GPU by an asynchronous copy to pinned memory, waiting for that copy."""
+class Announced(NamedTuple):
+    """What a rank will send, and how many rows go where, on their way to the host."""
+
+    plan: Plan
+    counts: Tensor  #: (2, n) on the host: rows to each rank, rows from each rank
+    copied: torch.cuda.Event | None  #: after which the counts are there
+
+
+def to_host(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Starts the copy of `numbers` to the host; the copy, and the event behind it."""
     if not numbers.is_cuda:
-        return numbers.tolist()
+        return numbers, None
     pinned = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
     pinned.copy_(numbers, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-    copied.synchronize()
-    return pinned.tolist()
+    return pinned, torch.cuda.current_stream().record_event()
+
+
+def wait_for_counts(announced: Announced) -> tuple[list[int], list[int]]:
+    """Rows to each rank and rows from each: the host waits until it knows."""
+    if announced.copied is not None:
+        announced.copied.synchronize()
+    sent, received = announced.counts.tolist()
+    return sent, received
 
 
 # %%
-sent, received = to_host(torch.stack([plans[0].counts, torch.stack([plan.counts[0] for plan in plans])]))
+counts = torch.stack([plans[0].counts, torch.stack([plan.counts[0] for plan in plans])])
+sent, received = wait_for_counts(Announced(plans[0], *to_host(counts)))
 print("rank 0 sends", sent, "rows to the ranks and receives", received)
 
 
 # %%
 #| export
-def travel(x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:
-    """Start sending the rows of `x`, `sent[r]` of them to rank r; the rows that will have arrived, and the work."""
+def travel(x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Sends the rows of `x`, `sent[r]` of them to rank r; the rows that arrive. On a GPU, in the current stream."""
     arriving = x.new_empty(sum(received), *x.shape[1:])
-    return arriving, dist.all_to_all_single(arriving, x, received, sent, group=group, async_op=True)
+    dist.all_to_all_single(arriving, x, received, sent, group=group)
+    return arriving
 
 
 # %% [markdown]
@@ -184,9 +199,7 @@ def travel(x: Tensor, received: list[int], sent: list[int], group: dist.ProcessG
 # %%
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 alone = dist.group.WORLD
-arriving, work = travel(torch.arange(3.0).unsqueeze(1), [3], [3], alone)
-work.wait()
-arriving.flatten().tolist()
+travel(torch.arange(3.0).unsqueeze(1), [3], [3], alone).flatten().tolist()
 
 # %% [markdown]
 # The two directions are each other's backward: the gradient of what was gathered and sent is received and
@@ -202,20 +215,14 @@ class Dispatch(torch.autograd.Function):
     def forward(ctx, tokens: Tensor, weights: Tensor, journey: Journey, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
         ctx.journey, ctx.group = journey, group
         there = (journey.received, journey.sent, group)
-        out, work = travel(tokens.index_select(0, journey.rows), *there)
-        out_weights, work_weights = travel(weights.index_select(0, journey.rows), *there)
-        work.wait()
-        work_weights.wait()
-        return out, out_weights
+        rows = journey.rows
+        return travel(tokens.index_select(0, rows), *there), travel(weights.index_select(0, rows), *there)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
         back = (ctx.journey.sent, ctx.journey.received, ctx.group)
-        home, work = travel(grad.contiguous(), *back)
-        home_weights, work_weights = travel(grad_weights.contiguous(), *back)
-        work.wait()
-        work_weights.wait()
+        home, home_weights = travel(grad.contiguous(), *back), travel(grad_weights.contiguous(), *back)
         rows, slots = ctx.journey.rows, ctx.journey.slots
         return gather_sum(home, rows, slots), gather_sum(home_weights, rows, slots), None, None
 
@@ -226,16 +233,13 @@ class Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, output: Tensor, journey: Journey, group: dist.ProcessGroup) -> Tensor:
         ctx.journey, ctx.group = journey, group
-        home, work = travel(output, journey.sent, journey.received, group)
-        work.wait()
-        return gather_sum(home, journey.rows, journey.slots)
+        return gather_sum(travel(output, journey.sent, journey.received, group), journey.rows, journey.slots)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        there, work = travel(grad.index_select(0, ctx.journey.rows), ctx.journey.received, ctx.journey.sent, ctx.group)
-        work.wait()
-        return there, None, None
+        back = (ctx.journey.received, ctx.journey.sent, ctx.group)
+        return travel(grad.index_select(0, ctx.journey.rows), *back), None, None
 
 
 # %% [markdown]
@@ -271,17 +275,19 @@ class ExpertExchange:
         own = experts // self.ranks
         return range(self.rank * own, (self.rank + 1) * own)
 
-    def dispatch(self, tokens: Tensor, routed: Routed) -> tuple[Arrived, Journey]:
+    def announce(self, routed: Routed) -> Announced:
         own = len(self.share(routed.probs.shape[1]))
         plan = plan_rows(routed.expert_ids, own, self.ranks)
         both = torch.stack([plan.counts, plan.counts])  # a rehearsal receives nothing: as many as it sends, then
         dist.all_to_all_single(both[1], plan.counts, group=self.group)
-        sent, received = to_host(both)
+        return Announced(plan, *to_host(both))
+
+    def dispatch(self, tokens: Tensor, routed: Routed, announced: Announced) -> tuple[Arrived, Journey]:
+        plan, (sent, received) = announced.plan, wait_for_counts(announced)
         rows, ids = plan.rows[: sum(sent)], plan.local_ids[: sum(sent)]
         journey = Journey(rows, plan.slots, sent, received)
-        out_ids, work = travel(ids, received, sent, self.group)
+        out_ids = travel(ids, received, sent, self.group)
         out, weights = Dispatch.apply(tokens, routed.weights, journey, self.group)
-        work.wait()
         return Arrived(out, out_ids, weights), journey
 
     def combine(self, output: Tensor, journey: Journey) -> Tensor:
@@ -303,7 +309,8 @@ for parameter in (*router.parameters(), *experts.parameters()):
 tokens = torch.randn(20, 16)
 outputs = []
 for exchange in (AtHome(), ExpertExchange(alone)):
-    arrived, journey = exchange.dispatch(tokens, router(tokens))
+    routed = router(tokens)
+    arrived, journey = exchange.dispatch(tokens, routed, exchange.announce(routed))
     outputs.append(exchange.combine(experts(*arrived), journey))
 assert torch.equal(*outputs)
 print(f"{journey.sent[0]} rows travelled; largest difference {(outputs[0] - outputs[1]).abs().max().item()}")

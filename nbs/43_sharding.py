@@ -17,7 +17,6 @@
 # %%
 #| export
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +26,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from pithtrain.models.decoder import Decoder
 from pithtrain.parallel.mesh import Mesh
-from pithtrain.parallel.pipeline.engine import ModuleStage, Together
+from pithtrain.parallel.pipeline.engine import Together
+from pithtrain.parallel.pipeline.overlap import PartStage
 
 # %% [markdown]
 # ## Which module is gathered when
@@ -99,12 +99,17 @@ def drop_gathered(part: Decoder) -> None:
 
 # %%
 #| export
-class ShardedStage(ModuleStage):
-    """A stage whose parameters are those of the sharded `part`, gathered and reduced when the schedule says."""
+class ShardedStage(PartStage):
+    """A sharded part of a decoder as a stage, gathered and reduced when the schedule says."""
 
-    def __init__(self, module: Callable[[Tensor | None, Any], Tensor], part: Decoder):
-        super().__init__(module)
-        self.part = part
+    def __init__(self, part: Decoder, close: Callable[..., Tensor], beside: torch.cuda.Stream | None = None):
+        super().__init__(part, close, beside)
+        # What is outside of the layers runs without the part being called, which FSDP2 should know as their root.
+        fully_shard.state(part)._lazy_init()
+        if part.place.first:
+            register_fsdp_forward_method(part, "begin")
+        if part.place.last:
+            register_fsdp_forward_method(part, "finish")
         part.set_reshard_after_forward(False)
         self.hold()
 

@@ -21,20 +21,22 @@
 #| export
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch import Tensor
 
+from pithtrain.parallel.pipeline.pieces import Tape
 from pithtrain.parallel.pipeline.schedule import Action, Op, Schedule, ScheduleError, partner
 from pithtrain.parallel.pipeline.simulate import Span
 from pithtrain.parallel.pipeline.validate import validate
 
 # %%
 import os
+
+from torch import nn
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # this notebook forks, which autograd allows only where there is no GPU
 
@@ -77,142 +79,63 @@ class Stage(Protocol):
 
 
 # %% [markdown]
-# ## Splitting a backward in two
-#
-# Any module can be a stage if autograd can be asked for $\mathsf{I}$ and $\mathsf{W}$ apart. Its graph has
-# one node per operation, and each node turns the gradient of its output into gradients of its inputs. Some
-# nodes lead on to the stage's input $x$; call them the *trunk*. Where a weight is used, an edge leaves the
-# trunk, as at both products of a small MLP:
-#
-# ```
-# loss grad ──▶ mul(h, w₂) ──▶ relu ──▶ mul(x, w₁) ──▶ x        the trunk
-#                   │                        │
-#                   ▼                        ▼
-#                   w₂                       w₁                  the branches
-# ```
-#
-# - **I** sends the gradient along the trunk only (autograd computes what is asked for and no more), and notes
-#   the gradient that arrives at each node with a branch.
-# - **W** then starts at each of those nodes, with the noted gradient, and follows the branches only.
-#
-# The sum over both is what one backward would have done, in the same operations: $\mathsf{I}$ and
-# $\mathsf{W}$ together cost what $\mathsf{B}$ costs. One thing does not fit: a weight used at two places of the
-# trunk, for from the later place the path to it leads through the earlier one. Its gradient is computed in
-# $\mathsf{I}$.
-
-
-# %%
-#| export
-class Branches(NamedTuple):
-    """What is left for W: per trunk node the gradient that arrived at it and the weights that branch off."""
-
-    noted: dict[Node, tuple[Tensor | None, ...]]
-    weights: dict[Node, list[Tensor]]
-
-
-# %%
-#| export
-def split_graph(root: Node, x: Tensor) -> tuple[dict[Node, list[Tensor]], list[Tensor]]:
-    """For each trunk node the weights on its branches; and the weights that several trunk nodes share."""
-    order: list[Node] = []  # children before parents
-    stack: list[tuple[Node, bool]] = [(root, False)]
-    seen: set[Node] = set()
-    while stack:
-        node, closing = stack.pop()
-        if closing:
-            order.append(node)
-        elif node not in seen:
-            seen.add(node)
-            stack.append((node, True))
-            stack += [(child, False) for child, _ in node.next_functions if child is not None]
-    trunk: set[Node] = set()
-    leaves: dict[Node, frozenset[Tensor]] = {}  # of nodes off the trunk: the weights they lead to
-    weights: dict[Node, list[Tensor]] = {}
-    uses: dict[Tensor, int] = {}
-    for node in order:
-        leaf = getattr(node, "variable", None)
-        children = [child for child, _ in node.next_functions if child is not None]
-        found = frozenset().union(*(leaves[child] for child in children if child not in trunk))
-        if leaf is x or any(child in trunk for child in children):
-            trunk.add(node)
-            weights[node] = list(found)
-            for weight in found:
-                uses[weight] = uses.get(weight, 0) + 1
-        else:
-            leaves[node] = found if leaf is None else frozenset((leaf,))
-    shared = [weight for weight, count in uses.items() if count > 1]
-    own = {node: [w for w in found if uses[w] == 1] for node, found in weights.items()}
-    return {node: found for node, found in own.items() if found}, shared
-
-
-# %% [markdown]
-# An MLP whose first weight is used twice:
-
-# %%
-torch.manual_seed(0)
-w1, w2 = (torch.randn(4, 4, requires_grad=True) for _ in range(2))
-x = torch.randn(2, 4, requires_grad=True)
-y = ((x @ w1).relu() @ w2).relu() @ w1
-branches, shared = split_graph(y.grad_fn, x)
-print("branches:", [(node.name(), len(found)) for node, found in branches.items()])
-print("shared weights:", len(shared))
-assert shared[0] is w1 and next(iter(branches.values()))[0] is w2
-
-# %% [markdown]
 # ## A module as a stage
 #
-# `y` itself is not kept, only its edge into the graph: once it has been sent, its memory is free unless some
-# operation needs it for its backward.
+# Any module can be a stage. Its forward is run on a [tape](56a_pieces.py) and its backward is that of the tape's
+# pieces, whole or split. As a whole the module is one piece; [57a](57a_overlap.py) cuts a decoder at the stages of its
+# layers. Both passes are written as *steps*, generators that pause where something else could run, and are here run
+# through without pause.
+#
+# The output itself is not kept: once it has been sent, its memory is free unless some operation needs it for its
+# backward.
 
 
 # %%
 #| export
 class ModuleStage:
-    """A stage made of any module called as module(x, batch); gradients are averaged over `replicas`.
+    """A stage made of any module called as module(x, batch). `beside` is the stream of pieces that are run aside."""
 
-    With `recompute`, a forward keeps only x, and runs again when its backward comes.
-    """
+    def __init__(self, module: Callable[[Tensor | None, Any], Tensor], beside: torch.cuda.Stream | None = None):
+        self.module, self.beside = module, beside
 
-    def __init__(self, module: nn.Module, replicas: dist.ProcessGroup | None = None, recompute: bool = False):
-        self.module, self.replicas, self.recompute = module, replicas, recompute
+    def forward_steps(self, tape: Tape, x: Tensor | None, batch: Any) -> Iterator[None]:
+        """Runs the forward on `tape`, pausing where it pays to run something else."""
+        tape.end(tape.run("module", lambda x: self.module(x, batch), tape.begin(x)))
+        yield
 
-    def forward(self, x: Tensor | None, batch: Any) -> tuple[Tensor, Any]:
-        if x is not None:
-            x = x.detach().requires_grad_()
-        with torch.set_grad_enabled(not self.recompute):
-            y = self.module(x, batch)
-        return y.detach(), (x, batch, None if self.recompute else get_gradient_edge(y))
+    def backward_steps(self, tape: Tape, grad: Tensor) -> Iterator[None]:
+        """Runs the backward of all that is on `tape`, pausing where tokens have left, and in front of that."""
+        tape.last.grad = grad
+        while tape.pieces:
+            piece = tape.pieces.pop()
+            tape.backward(piece)
+            if piece.aside or (tape.pieces and tape.pieces[-1].aside):
+                yield
 
-    def graph(self, saved: Any) -> tuple[Tensor | None, GradientEdge]:
-        """The input, and the output's place in the graph, which is made now if it was not kept."""
-        x, batch, y = saved
-        return x, y or get_gradient_edge(self.module(x, batch))
+    def forward(self, x: Tensor | None, batch: Any) -> tuple[Tensor, Tape]:
+        tape = Tape(self.beside)
+        deque(self.forward_steps(tape, x, batch), maxlen=0)
+        return tape.take(), tape
 
-    def backward(self, saved: Any, grad: Tensor) -> Tensor | None:
-        x, y = self.graph(saved)
-        torch.autograd.backward((y,), (grad,))
-        return None if x is None else x.grad
+    def backward(self, tape: Tape, grad: Tensor) -> Tensor | None:
+        deque(self.backward_steps(tape, grad), maxlen=0)
+        return None if tape.first is None else tape.first.grad
 
-    def backward_input(self, saved: Any, grad: Tensor) -> tuple[Tensor | None, Any]:
-        if saved[0] is None:  # nobody waits for the first stage: all of its backward can wait
-            return None, (saved, grad)
-        x, y = self.graph(saved)
-        weights, shared = split_graph(y.node, x)
-        noted: dict[Node, tuple[Tensor | None, ...]] = {}
-        hooks = [node.register_prehook(lambda grads, node=node: noted.__setitem__(node, grads)) for node in weights]
-        torch.autograd.backward((y,), (grad,), retain_graph=True, inputs=[x, *shared])
-        for hook in hooks:
-            hook.remove()
-        return x.grad, Branches(noted, weights)
+    def backward_input(self, tape: Tape, grad: Tensor) -> tuple[Tensor | None, Any]:
+        if tape.first is None:  # nobody waits for the first stage: all of its backward can wait
+            return None, (tape, grad)
+        tape.last.grad = grad
+        branches = []
+        while tape.pieces:
+            branches.append(tape.backward(tape.pieces.pop(), split=True))
+        return tape.first.grad, branches
 
     def backward_weight(self, saved: Any) -> None:
-        if not isinstance(saved, Branches):
-            torch.autograd.backward((self.graph(saved[0])[1],), (saved[1],))
+        if isinstance(saved, tuple):
+            deque(self.backward_steps(*saved), maxlen=0)
             return
-        while saved.noted:
-            node, grads = saved.noted.popitem()
-            edges, grads = zip(*((GradientEdge(node, i), g) for i, g in enumerate(grads) if g is not None), strict=True)
-            torch.autograd.backward(edges, grads, inputs=saved.weights[node])
+        while saved:
+            saved.pop().backward()
 
     def unshard(self) -> Any:
         return None
@@ -221,12 +144,7 @@ class ModuleStage:
         return None
 
     def reduce(self) -> Any:
-        if self.replicas is None:
-            return None
-        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-        for grad in grads:
-            grad /= self.replicas.size()
-        return Together([dist.all_reduce(grad, group=self.replicas, async_op=True) for grad in grads])
+        return None
 
 
 # %%
@@ -282,16 +200,10 @@ assert all(torch.equal(a, b) for a, b in zip(gradients(block, False), gradients(
 # %% [markdown]
 # Whole and split gradients are equal to the last bit.
 #
-# (A custom `autograd.Function` learns nothing of what is asked for from `ctx.needs_input_grad`, which is fixed
-# in the forward; it would compute its weight gradients in both halves. It can ask
-# `torch._C._will_engine_execute_node(ctx.next_functions[i][0])` in its backward instead. And torch's own
-# `checkpoint` inside a module gives the right gradients, but recomputes its part once in $\mathsf{I}$ and again
-# for every branch in $\mathsf{W}$; `recompute` does it once for both.)
-#
 # ## Overlap
 #
 # An overlapped action hands both passes to one function. The plainest one runs them in turn; one that knows
-# the five stages of a layer ([30](30_stages.py)) can send one microbatch's tokens under the other's compute.
+# the five stages of a layer ([57a](57a_overlap.py)) can send one microbatch's tokens under the other's compute.
 
 
 # %%

@@ -33,6 +33,7 @@ from pithtrain.parallel.mesh import Mesh, check_axes
 from pithtrain.parallel.pipeline.engine import Engine, ModuleStage
 from pithtrain.parallel.pipeline.generate import generate
 from pithtrain.parallel.pipeline.lower import lower
+from pithtrain.parallel.pipeline.overlap import overlapped
 from pithtrain.parallel.pipeline.schedule import split_layers
 from pithtrain.parallel.ring import Ring, zigzag
 from pithtrain.parallel.sharding import (
@@ -123,13 +124,15 @@ class Objective:
         self.load_so_far = torch.zeros_like(self.load)
         self.entropy = torch.zeros(layers, device=device)
 
-    def __call__(self, x: Tensor | None, batch: Microbatch) -> Tensor:
-        place = self.part.place
-        targets = batch.targets if place.last else None
-        output, routing = self.part(batch.inputs if place.first else x, batch.positions, targets=targets)
+    def __call__(self, x: None, batch: Microbatch) -> Tensor:
+        """The loss of one microbatch, of a model that is all here."""
+        return self.close(*self.part(batch.inputs, batch.positions, targets=batch.targets), batch)
+
+    def close(self, output: Tensor, routing: list[Routed | None], batch: Microbatch) -> Tensor:
+        """What a stage returns, from what its part of the model did: the hidden state, or this rank's loss."""
         balance = self.balance(routing, len(batch.inputs))
         self.losses[1] += balance.detach()
-        if not place.last:
+        if not self.part.place.last:
             return Attach.apply(output, balance) if balance.requires_grad else output
         loss = output / self.tokens
         self.losses[0] += loss.detach()
@@ -228,11 +231,12 @@ class Learner:
         stages: dict[int, ModuleStage] = {stage: ModuleStage(objective) for stage, objective in self.objectives.items()}
         if pp > 1:  # the schedule says when weights are gathered; without one, each layer does it by itself
             self.schedule = lower(self.schedule)
-            stages = {stage: ShardedStage(objective, objective.part) for stage, objective in self.objectives.items()}
+            beside = torch.cuda.Stream(mesh.device, priority=-1) if mesh.device.type == "cuda" else None
+            stages = {s: ShardedStage(self.parts[s], o.close, beside) for s, o in self.objectives.items()}
         tokens = train.sequence_length // mesh.axes.cp
         shape = (train.micro_batch_size, tokens, config.model.hidden)
         self.boundary = torch.empty(shape, dtype=dtype, device=mesh.device)
-        self.engine = Engine(self.schedule, stages, self.boundary, mesh.pp_group)
+        self.engine = Engine(self.schedule, stages, self.boundary, mesh.pp_group, overlapped)
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """This rank's parameters under their global names."""

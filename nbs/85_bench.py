@@ -150,7 +150,7 @@ def pithtrain_block(problem: Problem, expert_ids: Tensor | None = None, exchange
     def block(tokens: Tensor) -> Tensor:
         weights, ids, probs, _ = route(tokens, problem.router, problem.shape.top_k)
         routed = Routed(weights, ids if expert_ids is None else expert_ids, probs)
-        arrived, journey = exchange.dispatch(tokens, routed)
+        arrived, journey = exchange.dispatch(tokens, routed, exchange.announce(routed))
         outputs = mlp(arrived.tokens, arrived.expert_ids, arrived.weights, problem.gate_up, problem.down)
         return exchange.combine(outputs, journey)
 

@@ -89,7 +89,7 @@ def make_problem(shape: Shape, device: torch.device) -> Problem:
     tokens, router, gate_up, down = (t.requires_grad_() for t in leaves)
     return Problem(shape, tokens, new(T, H), router, gate_up, down)
 
-# %% ../nbs/85_bench.py #Block@1971a436
+# %% ../nbs/85_bench.py #Block@9bd768e1
 Block = Callable[[Tensor], Tensor]
 
 
@@ -107,7 +107,7 @@ def pithtrain_block(problem: Problem, expert_ids: Tensor | None = None, exchange
     def block(tokens: Tensor) -> Tensor:
         weights, ids, probs, _ = route(tokens, problem.router, problem.shape.top_k)
         routed = Routed(weights, ids if expert_ids is None else expert_ids, probs)
-        arrived, journey = exchange.dispatch(tokens, routed)
+        arrived, journey = exchange.dispatch(tokens, routed, exchange.announce(routed))
         outputs = mlp(arrived.tokens, arrived.expert_ids, arrived.weights, problem.gate_up, problem.down)
         return exchange.combine(outputs, journey)
 

@@ -5,10 +5,10 @@
 # %% auto
 __all__ = ['Rehearsal', 'EvenRouter', 'Unfed', 'rehearse', 'describe_rehearsal']
 
-# %% ../nbs/88_rehearse.py #imports@27f1add9
+# %% ../nbs/88_rehearse.py #imports@26c07b8a
 import resource
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from .config import Config, UserError
 from .layers.router import Routed
 from .parallel.mesh import check_axes, fit_axes, make_mesh
-from .parallel.pipeline.engine import Stage
+from .parallel.pipeline.engine import Engine
 from .train.step import Learner, read_microbatches
 from .train.trainer import choose_compute
 from .verify import RandomBatches
@@ -50,38 +50,15 @@ class EvenRouter(nn.Module):
         drawn = torch.rand(routed.probs.shape, device=tokens.device).topk(routed.expert_ids.shape[1]).indices
         return routed._replace(expert_ids=drawn)
 
-# %% ../nbs/88_rehearse.py #Unfed@8286c438
-class Unfed:
-    """A stage whose input and output gradient never arrive: it draws them at random."""
+# %% ../nbs/88_rehearse.py #Unfed@59182ddd
+class Unfed(Engine):
+    """An engine to which nothing is sent: hidden states and their gradients are drawn at random."""
 
-    def __init__(self, stage: Stage):
-        self.stage = stage
+    def _take(self, way: str, stage: int, m: int) -> Tensor:
+        tensor = super()._take(way, stage, m)
+        return torch.randn_like(tensor) if tensor.dim() else tensor
 
-    def drawn(self, like: Tensor | None) -> Tensor | None:
-        return like if like is None or not like.dim() else torch.randn_like(like)
-
-    def forward(self, x: Tensor | None, batch: Any) -> tuple[Tensor, Any]:
-        return self.stage.forward(self.drawn(x), batch)
-
-    def backward(self, saved: Any, grad: Tensor) -> Tensor | None:
-        return self.stage.backward(saved, self.drawn(grad))
-
-    def backward_input(self, saved: Any, grad: Tensor) -> tuple[Tensor | None, Any]:
-        return self.stage.backward_input(saved, self.drawn(grad))
-
-    def backward_weight(self, saved: Any) -> None:
-        self.stage.backward_weight(saved)
-
-    def unshard(self) -> Any:
-        return self.stage.unshard()
-
-    def reshard(self) -> None:
-        self.stage.reshard()
-
-    def reduce(self) -> Any:
-        return self.stage.reduce()
-
-# %% ../nbs/88_rehearse.py #rehearse@a39bb431
+# %% ../nbs/88_rehearse.py #rehearse@c4f6abb1
 def rehearse(config: Config, rank: int, ranks: int, steps: int = 3) -> Rehearsal:
     """Run `steps` steps as `rank` of `ranks` on this machine's device. This process must have no process group.
 
@@ -96,7 +73,8 @@ def rehearse(config: Config, rank: int, ranks: int, steps: int = 3) -> Rehearsal
     try:
         mesh = make_mesh(config.mesh, rank, ranks, compute.device)
         learner = Learner(config, mesh, compute.dtype)
-        learner.engine.stages = {number: Unfed(stage) for number, stage in learner.engine.stages.items()}
+        whole = learner.engine
+        learner.engine = Unfed(whole.schedule, whole.stages, whole.boundary, whole.group, whole.overlap)
         for part in learner.parts.values():
             for layer in part.layers.values():
                 if layer.router is not None:

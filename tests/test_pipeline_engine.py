@@ -15,10 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from pithtrain.parallel.pipeline.engine import Engine, ModuleStage
 from pithtrain.parallel.pipeline.generate import KINDS, generate
 from pithtrain.parallel.pipeline.lower import lower
+from pithtrain.parallel.pipeline.pieces import Tape
 from pithtrain.parallel.pipeline.schedule import Action, Op, Schedule, ScheduleError, split_layers
 
 WIDTH, LAYERS, MICROBATCHES, STEPS = 12, 10, 9, 3
-RECOMPUTE = ("nothing", "layers", "stage")  # by checkpoint around each layer, by the stage itself
+RECOMPUTE = ("nothing", "layers")  # by torch's checkpoint around each layer
 torch.set_num_threads(1)  # small tensors: more threads only wait for each other
 
 
@@ -74,6 +75,19 @@ def reference(replicas):
     return losses, model
 
 
+class Averaged(ModuleStage):
+    """A stage whose gradients are averaged over `replicas`."""
+
+    def __init__(self, module, replicas):
+        super().__init__(module)
+        self.replicas = replicas
+
+    def reduce(self):
+        for parameter in self.module.parameters() if self.replicas else ():
+            dist.all_reduce(parameter.grad, group=self.replicas)
+            parameter.grad /= self.replicas.size()
+
+
 def worst_error(schedule, group, replicas, replica, recompute):
     """The largest difference between this rank's losses, gradients and weights and the reference."""
     expected_losses, expected = reference(replicas.size() if replicas else 1)
@@ -91,7 +105,7 @@ def worst_error(schedule, group, replicas, replica, recompute):
 
     held = schedule.held_by(rank)
     modules = {s: part(model, s) for s in held}
-    stages = {s: ModuleStage(modules[s], replicas, recompute == "stage") for s in held}
+    stages = {s: Averaged(modules[s], replicas) for s in held}
     engine = Engine(schedule, stages, torch.empty(6, WIDTH), group)
     optimizer = torch.optim.SGD([p for m in modules.values() for p in m.parameters()], lr=0.5, momentum=0.9)
     error = 0.0
@@ -145,7 +159,7 @@ def test_losses_gradients_and_weights_equal_one_process(errors, kind, recompute)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_rank_needs_no_process_group(kind):
-    assert worst_error(lower(generate(kind, 1, MICROBATCHES)), None, None, 0, "stage") < 1e-5
+    assert worst_error(lower(generate(kind, 1, MICROBATCHES)), None, None, 0, "nothing") < 1e-5
 
 
 def backwards_first(pp, microbatches):
@@ -291,20 +305,41 @@ def test_activations_are_freed_when_the_list_says():
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_a_stage_recomputes_once_for_both_halves(first):
-    calls = []
+def test_a_piece_that_is_run_again_is_run_once_for_both_halves(first):
+    calls, weight = [], torch.randn(WIDTH, WIDTH, requires_grad=True)
 
-    class Counted(Link):
-        def forward(self, x, batch):
-            calls.append(torch.is_grad_enabled())
-            return super().forward(x, batch)
+    class Again(ModuleStage):
+        def forward_steps(self, tape, x, batch):
+            def product(x):
+                calls.append(torch.is_grad_enabled())
+                return (batch if first else x) @ weight
 
-    stage, x = ModuleStage(Counted(first, False), recompute=True), torch.randn(3, WIDTH)
+            tape.end(tape.run("product", product, tape.begin(x), again=True))
+            yield
+
+    stage, x = Again(None), torch.randn(3, WIDTH)
     y, saved = stage.forward(None if first else x, x)
-    _, rest = stage.backward_input(saved, torch.ones_like(y))
+    dx, rest = stage.backward_input(saved, torch.ones_like(y))
+    assert weight.grad is None
     stage.backward_weight(rest)
     assert calls == [False, True]
-    assert torch.allclose(stage.module.weight.grad, x.T @ torch.ones_like(y))
+    assert torch.allclose(weight.grad, x.T @ torch.ones_like(y))
+    assert dx is None if first else torch.allclose(dx, torch.ones_like(y) @ weight.T)
+
+
+def test_gradients_of_a_tensor_that_enters_several_pieces_are_added():
+    x, weight = torch.randn(3, WIDTH), torch.randn(WIDTH, WIDTH, requires_grad=True)
+    tape = Tape()
+    (h,) = tape.run("one", lambda x: (x @ weight,), tape.begin(x))
+    a = tape.run("two", torch.tanh, h)
+    tape.end(tape.run("three", lambda a, h: a * h, a, h))
+    tape.last.grad = torch.ones(3, WIDTH)
+    while tape.pieces:
+        tape.backward(tape.pieces.pop())
+    x.requires_grad_()
+    h = x @ weight
+    dx, dw = torch.autograd.grad((h.tanh() * h).sum(), (x, weight))
+    assert torch.allclose(tape.first.grad, dx) and torch.allclose(weight.grad, dw)
 
 
 def test_errors_are_one_line_and_name_the_action():

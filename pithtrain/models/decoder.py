@@ -19,7 +19,7 @@ from ..layers.norm import RMSNorm
 from ..layers.router import Routed
 from .stages import Layer, Place, run_layer
 
-# %% ../../nbs/31_decoder.py #Decoder@6249e321
+# %% ../../nbs/31_decoder.py #Decoder@645b74f5
 class Decoder(nn.Module):
     """The part of a decoder that `place` asks for.
 
@@ -62,13 +62,17 @@ class Decoder(nn.Module):
         `positions` is (S,) or (B, S) int64; `documents` as in `AttentionCore.attend`. The last part returns,
         where `targets` (B, S) are given, the sum over tokens of the cross-entropy in nats, an fp32 scalar.
         """
-        sequences = Sequences(*self.rotary(positions), documents)
-        hidden = self.embedding(x).to(self.place.dtype) if self.place.first else x
+        hidden, sequences = self.begin(x, positions, documents)
         routing = []
         for number, layer in enumerate(self.layers.values()):
             hidden, routed = run_layer(layer, hidden, sequences, self.place, caches[number] if caches else None)
             routing.append(routed)
         return self.finish(hidden, targets), routing
+
+    def begin(self, x: Tensor, positions: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Sequences]:
+        """What comes before this part's layers: the hidden state that they get, and the angles of its tokens."""
+        hidden = self.embedding(x).to(self.place.dtype) if self.place.first else x
+        return hidden, Sequences(*self.rotary(positions), documents)
 
     def finish(self, hidden: Tensor, targets: Tensor | None) -> Tensor:
         """What comes behind this part's layers: nothing, the norm, or norm and loss."""

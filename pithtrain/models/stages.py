@@ -42,7 +42,7 @@ class Layer(Protocol):
         """What the layer keeps of the tokens it has seen, while text is generated."""
         ...
 
-# %% ../../nbs/30_stages.py #Arrived@78d21e5b
+# %% ../../nbs/30_stages.py #Arrived@7935a481
 class Arrived(NamedTuple):
     """Tokens at the rank of their experts: Q of them, from every rank of the exchange."""
 
@@ -58,7 +58,11 @@ class Exchange(Protocol):
         """Those of a layer's experts that live on this rank."""
         ...
 
-    def dispatch(self, tokens: Tensor, routed: Routed) -> tuple[Arrived, object]:
+    def announce(self, routed: Routed) -> object:
+        """Ahead of stage 2: ranks tell each other how many rows they will send. Nothing here waits for it."""
+        ...
+
+    def dispatch(self, tokens: Tensor, routed: Routed, announced: object) -> tuple[Arrived, object]:
         """Stage 2: `tokens` (T, H) travel to their experts. The second result is for `combine` alone."""
         ...
 
@@ -73,7 +77,10 @@ class AtHome:
     def share(self, experts: int) -> range:
         return range(experts)
 
-    def dispatch(self, tokens: Tensor, routed: Routed) -> tuple[Arrived, None]:
+    def announce(self, routed: Routed) -> None:
+        return None
+
+    def dispatch(self, tokens: Tensor, routed: Routed, announced: None) -> tuple[Arrived, None]:
         return Arrived(tokens, routed.expert_ids, routed.weights), None
 
     def combine(self, output: Tensor, journey: None) -> Tensor:
@@ -96,7 +103,7 @@ class Place:
         """The layers that are here, of a model of so many."""
         return range(layers) if self.layers is None else self.layers
 
-# %% ../../nbs/30_stages.py #run_layer@5583b9e5
+# %% ../../nbs/30_stages.py #run_layer@e63ceb81
 def run_layer(
     layer: Layer, hidden: Tensor, sequences: Sequences, place: Place, cache: Cache | None = None
 ) -> tuple[Tensor, Routed | None]:
@@ -110,6 +117,6 @@ def run_layer(
     residual, tokens, routed = attend(hidden, sequences, cache)
     if routed is None:
         return residual, None
-    arrived, journey = place.exchange.dispatch(tokens, routed)
+    arrived, journey = place.exchange.dispatch(tokens, routed, place.exchange.announce(routed))
     expert_output = place.exchange.combine(experts(*arrived), journey)
     return layer.aggregate(residual, expert_output), routed

@@ -6,9 +6,8 @@
 __all__ = ['sum_gradients', 'policy', 'shard_layer', 'shard_decoder', 'sharded_modules', 'drop_gathered', 'ShardedStage',
            'clip_gradients', 'in_global_order']
 
-# %% ../../nbs/43_sharding.py #imports@df926b24
+# %% ../../nbs/43_sharding.py #imports@94231141
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +17,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..models.decoder import Decoder
 from .mesh import Mesh
-from .pipeline.engine import ModuleStage, Together
+from .pipeline.engine import Together
+from .pipeline.overlap import PartStage
 
 # %% ../../nbs/43_sharding.py #sum_gradients@861dbf56
 def sum_gradients(module: nn.Module) -> None:
@@ -59,13 +59,18 @@ def drop_gathered(part: Decoder) -> None:
     for module in sharded_modules(part):
         module.reshard()
 
-# %% ../../nbs/43_sharding.py #ShardedStage@1b9540dd
-class ShardedStage(ModuleStage):
-    """A stage whose parameters are those of the sharded `part`, gathered and reduced when the schedule says."""
+# %% ../../nbs/43_sharding.py #ShardedStage@821b38dc
+class ShardedStage(PartStage):
+    """A sharded part of a decoder as a stage, gathered and reduced when the schedule says."""
 
-    def __init__(self, module: Callable[[Tensor | None, Any], Tensor], part: Decoder):
-        super().__init__(module)
-        self.part = part
+    def __init__(self, part: Decoder, close: Callable[..., Tensor], beside: torch.cuda.Stream | None = None):
+        super().__init__(part, close, beside)
+        # What is outside of the layers runs without the part being called, which FSDP2 should know as their root.
+        fully_shard.state(part)._lazy_init()
+        if part.place.first:
+            register_fsdp_forward_method(part, "begin")
+        if part.place.last:
+            register_fsdp_forward_method(part, "finish")
         part.set_reshard_after_forward(False)
         self.hold()
 

@@ -5,7 +5,7 @@
 # %% auto
 __all__ = ['Microbatch', 'read_microbatches', 'Attach', 'Objective', 'build_part', 'StepResult', 'Learner']
 
-# %% ../../nbs/71_step.py #imports@2afdcb9e
+# %% ../../nbs/71_step.py #imports@d80aa449
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -26,6 +26,7 @@ from ..parallel.mesh import Mesh, check_axes
 from ..parallel.pipeline.engine import Engine, ModuleStage
 from ..parallel.pipeline.generate import generate
 from ..parallel.pipeline.lower import lower
+from ..parallel.pipeline.overlap import overlapped
 from ..parallel.pipeline.schedule import split_layers
 from ..parallel.ring import Ring, zigzag
 from pithtrain.parallel.sharding import (
@@ -70,7 +71,7 @@ class Attach(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad, torch.ones((), device=grad.device)
 
-# %% ../../nbs/71_step.py #Objective@1899466f
+# %% ../../nbs/71_step.py #Objective@a0a4143e
 class Objective:
     """A part of the model as the pipeline engine calls it, which also keeps the sums that a step reports."""
 
@@ -87,13 +88,15 @@ class Objective:
         self.load_so_far = torch.zeros_like(self.load)
         self.entropy = torch.zeros(layers, device=device)
 
-    def __call__(self, x: Tensor | None, batch: Microbatch) -> Tensor:
-        place = self.part.place
-        targets = batch.targets if place.last else None
-        output, routing = self.part(batch.inputs if place.first else x, batch.positions, targets=targets)
+    def __call__(self, x: None, batch: Microbatch) -> Tensor:
+        """The loss of one microbatch, of a model that is all here."""
+        return self.close(*self.part(batch.inputs, batch.positions, targets=batch.targets), batch)
+
+    def close(self, output: Tensor, routing: list[Routed | None], batch: Microbatch) -> Tensor:
+        """What a stage returns, from what its part of the model did: the hidden state, or this rank's loss."""
         balance = self.balance(routing, len(batch.inputs))
         self.losses[1] += balance.detach()
-        if not place.last:
+        if not self.part.place.last:
             return Attach.apply(output, balance) if balance.requires_grad else output
         loss = output / self.tokens
         self.losses[0] += loss.detach()
@@ -148,7 +151,7 @@ class StepResult(NamedTuple):
     load: Tensor  #: (L, E) int64 pairs that each expert got in the step
     entropy: Tensor  #: (L,) mean routing entropy, nats
 
-# %% ../../nbs/71_step.py #Learner@6b3f11eb
+# %% ../../nbs/71_step.py #Learner@9beb18db
 class Learner:
     """What one rank trains: its parts of the model, their optimiser, and the engine that runs them.
 
@@ -179,11 +182,12 @@ class Learner:
         stages: dict[int, ModuleStage] = {stage: ModuleStage(objective) for stage, objective in self.objectives.items()}
         if pp > 1:  # the schedule says when weights are gathered; without one, each layer does it by itself
             self.schedule = lower(self.schedule)
-            stages = {stage: ShardedStage(objective, objective.part) for stage, objective in self.objectives.items()}
+            beside = torch.cuda.Stream(mesh.device, priority=-1) if mesh.device.type == "cuda" else None
+            stages = {s: ShardedStage(self.parts[s], o.close, beside) for s, o in self.objectives.items()}
         tokens = train.sequence_length // mesh.axes.cp
         shape = (train.micro_batch_size, tokens, config.model.hidden)
         self.boundary = torch.empty(shape, dtype=dtype, device=mesh.device)
-        self.engine = Engine(self.schedule, stages, self.boundary, mesh.pp_group)
+        self.engine = Engine(self.schedule, stages, self.boundary, mesh.pp_group, overlapped)
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """This rank's parameters under their global names."""
