@@ -66,7 +66,7 @@ from tokenizers import Tokenizer
 from pithtrain.config import UserError
 from pithtrain.train.corpus import Corpus, Document, find_corpus, sample
 from pithtrain.train.tokenizer import (
-    END_OF_TEXT,
+    end_of_text,
     load_tokenizer,
     save_tokenizer,
     tokenizer_hash,
@@ -211,7 +211,7 @@ def encode_documents(
     documents: Iterable[Document], tokenizer: Tokenizer, dtype: str
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Each document's tokens, closed by end-of-text, and its size in bytes of text."""
-    end = tokenizer.token_to_id(END_OF_TEXT)
+    end = end_of_text(tokenizer)
     documents = list(documents)
     for first in range(0, len(documents), 64):
         texts = [document.text() for document in documents[first : first + 64]]
@@ -238,7 +238,7 @@ def write_split(
 ) -> Split:
     """Write the documents as `folder/<name>-00000.bin` and so on, `shard_tokens` tokens each but the last."""
     shards, total, size, count = [], 0, 0, 0
-    pending = [np.array([tokenizer.token_to_id(END_OF_TEXT)], dtype=dtype)]
+    pending = [np.array([end_of_text(tokenizer)], dtype=dtype)]
     waiting = 1
     for ids, text_bytes in encode_documents(documents, tokenizer, dtype):
         pending.append(ids)
@@ -285,20 +285,28 @@ def write_shards(
     held_out: float,
     shard_tokens: int = SHARD_TOKENS,
     report: Callable[[str], None] = lambda line: None,
+    given: Path | None = None,
 ) -> None:
     """Train a tokenizer on the corpus, tokenise both splits, and make `folder` in one step.
 
-    `folder` must be absent or empty. Raises UserError when the disk is full or the folder cannot be written.
+    `given` is the tokenizer.json to take in place of a new one. `folder` must be absent or empty. Raises UserError when
+    the disk is full, the folder cannot be written, or the given tokenizer has more than `vocab_size` tokens.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     dtype = "<u2" if vocab_size <= 2**16 else "<u4"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        report(f"training a tokenizer of {vocab_size} tokens")
-        texts = (document.text() for document in sample(corpus.train, TOKENIZER_BYTES))
-        tokenizer = train_tokenizer(texts, vocab_size)
-        save_tokenizer(tokenizer, partial / "tokenizer.json")
+        if given:
+            shutil.copyfile(given, partial / "tokenizer.json")
+            tokenizer = load_tokenizer(given)
+            if tokenizer.get_vocab_size() > vocab_size:
+                raise UserError(f"{given}: has more tokens than model.vocab_size, {vocab_size}: give the model's own")
+        else:
+            report(f"training a tokenizer of {vocab_size} tokens")
+            texts = (document.text() for document in sample(corpus.train, TOKENIZER_BYTES))
+            tokenizer = train_tokenizer(texts, vocab_size)
+            save_tokenizer(tokenizer, partial / "tokenizer.json")
         report(f"tokenising {len(corpus.train) + len(corpus.held_out)} documents")
         manifest = Manifest(
             version=VERSION,
@@ -370,12 +378,14 @@ def open_shards(folder: Path, verify: bool = True, tokenizer: Path | None = None
     the shards. Raises UserError naming the file that is missing, cut short, damaged, or of another tokenizer.
     """
     if not (folder / "manifest.json").is_file():
-        raise UserError(f"{folder}: no token shards here (no manifest.json): prepare them, or set data.folder")
+        raise UserError(
+            f"{folder}: no token shards here (no manifest.json): `pithtrain train` makes them, or set data.folder"
+        )
     manifest = read_manifest(folder / "manifest.json")
     path = folder / "tokenizer.json" if tokenizer is None else tokenizer
     loaded = load_tokenizer(path)
     if tokenizer_hash(path) != manifest.tokenizer:
-        raise UserError(f"{path}: not the tokenizer that made the shards in {folder}: use the tokenizer.json there")
+        raise UserError(f"{path}: not the tokenizer that made the shards in {folder}: choose another data.folder")
     return Shards(
         folder,
         manifest,
@@ -431,12 +441,14 @@ def prepare(
     held_out: float,
     verify: bool = True,
     report: Callable[[str], None] = lambda line: None,
+    tokenizer: Path | None = None,
 ) -> Shards:
     """Open the token shards in `folder`, writing them first when they are not there.
 
     `corpus` is a folder of text files or None for the Python standard library, `pattern` a glob below it,
-    `held_out` the fraction of files held out; `report` is given a line about each slow step. Raises UserError
-    for a corpus without text, a folder with other contents, a full disk, and damaged shards.
+    `held_out` the fraction of files held out; `report` is given a line about each slow step. `tokenizer` is that
+    of a model to go on with; by default one is trained. Raises UserError for a corpus without text, a folder with
+    other contents, a full disk, damaged shards, and shards of another tokenizer.
     """
     found = find_corpus(corpus, pattern, held_out)
     try:
@@ -449,7 +461,7 @@ def prepare(
         if not (folder / "manifest.json").is_file():
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise UserError(f"{folder}: exists and holds no token shards: choose another data.folder")
-            write_shards(folder, found, vocab_size, held_out, report=report)
+            write_shards(folder, found, vocab_size, held_out, report=report, given=tokenizer)
     finally:
         os.close(lock)
     manifest = read_manifest(folder / "manifest.json")
@@ -464,7 +476,7 @@ def prepare(
                 f"{folder}: holds shards of {what} {has}, this run asks for {wants}: "
                 "choose another data.folder or delete it"
             )
-    return open_shards(folder, verify)
+    return open_shards(folder, verify, tokenizer)
 
 
 # %%

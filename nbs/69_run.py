@@ -49,7 +49,10 @@ def check_run_folder(config: Config) -> None:
         if not folder.is_dir() or any(folder.iterdir()):
             raise UserError(f"{folder}: exists and is not a run (no config.toml); set run.name to another name")
         return
-    if changed := differences(config, load_run_config(folder)):
+    changed = differences(config, load_run_config(folder))
+    if checkpoint_steps(folder / "checkpoints")[-1:] == [0]:  # imported and not trained yet: only the model is settled
+        changed = [line for line in changed if line.startswith("model.")]
+    if changed:
         raise UserError(
             f"{folder}: belongs to a run with another config ({'; '.join(changed)}); "
             "set run.name to another name, or delete the folder"

@@ -166,8 +166,16 @@ def train(config: Config, launch: Launch = Launch(), store: Store | None = None)
 def open_data(config: Config, report: Callable[[str], None] = lambda line: None) -> Shards:
     """The run's shards, made if they are not there; refuses a run folder that is another run's first."""
     check_run_folder(config)
-    corpus, data = Path(config.data.corpus) if config.data.corpus else None, config.data
-    shards = prepare(Path(data.folder), corpus, data.pattern, config.model.vocab_size, data.held_out, report=report)
+    data, own = config.data, config.path / "tokenizer.json"  # a run that is there has its tokenizer, imported or not
+    shards = prepare(
+        Path(data.folder),
+        Path(data.corpus) if data.corpus else None,
+        data.pattern,
+        config.model.vocab_size,
+        data.held_out,
+        report=report,
+        tokenizer=own if own.is_file() else None,
+    )
     found = shards.manifest
     report(
         f"{found.corpus}: {found.train.documents} files to train on, {found.train.tokens:,} tokens; "

@@ -19,7 +19,7 @@ from ..models.decoder import Decoder
 from .checkpoint import checkpoint_path, checkpoint_steps, load_weights
 from .tokenizer import load_tokenizer
 
-# %% ../../nbs/69_run.py #check_run_folder@26718aab
+# %% ../../nbs/69_run.py #check_run_folder@8edc79b2
 def check_run_folder(config: Config) -> None:
     """Refuse a run folder that holds something else than this config's run. Touches nothing."""
     folder = config.path
@@ -29,7 +29,10 @@ def check_run_folder(config: Config) -> None:
         if not folder.is_dir() or any(folder.iterdir()):
             raise UserError(f"{folder}: exists and is not a run (no config.toml); set run.name to another name")
         return
-    if changed := differences(config, load_run_config(folder)):
+    changed = differences(config, load_run_config(folder))
+    if checkpoint_steps(folder / "checkpoints")[-1:] == [0]:  # imported and not trained yet: only the model is settled
+        changed = [line for line in changed if line.startswith("model.")]
+    if changed:
         raise UserError(
             f"{folder}: belongs to a run with another config ({'; '.join(changed)}); "
             "set run.name to another name, or delete the folder"
