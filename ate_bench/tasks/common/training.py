@@ -1,4 +1,4 @@
-"""Runs the training of `ate_feature.py` and reads its loss: python training.py REPO OUT."""
+"""Runs a training and reads its loss: python training.py REPO OUT [COMMAND...], without one `ate_feature.py`."""
 
 import json
 import math
@@ -15,10 +15,11 @@ def main() -> None:
     repo, folder = Path(sys.argv[1]), Path(sys.argv[2]) / "check"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "loss.jsonl").unlink(missing_ok=True)
-    done = subprocess.run([sys.executable, "ate_feature.py", folder], cwd=repo, capture_output=True, text=True)
+    command = sys.argv[3:] or [sys.executable, "ate_feature.py"]
+    done = subprocess.run([*command, folder], cwd=repo, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no error"])[-1]
-        return print(f"FAIL ate_feature.py left with {done.returncode}: {last}")
+        return print(f"FAIL {Path(command[-1]).name} left with {done.returncode}: {last}")
     try:
         losses = [float(json.loads(line)["loss"]) for line in (folder / "loss.jsonl").read_text().splitlines()]
         log = (folder / "train.log").read_text().splitlines() or [""]
