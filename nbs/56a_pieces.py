@@ -109,6 +109,7 @@ class Branches(NamedTuple):
 
     noted: dict[Node, tuple[Tensor | None, ...]]
     weights: dict[Node, list[Tensor]]
+    roots: Sequence[GradientEdge]  #: they own the graph; its nodes from Python code would not outlive it by themselves
 
     def backward(self) -> None:
         """Adds to the gradients of the weights; what was kept for them is let go of on the way."""
@@ -128,7 +129,7 @@ def backward_to(x: Tensor, edges: Sequence[GradientEdge], grads: Sequence[Tensor
     torch.autograd.backward(edges, grads, retain_graph=bool(weights), inputs=[x, *shared])
     for hook in hooks:
         hook.remove()
-    return Branches(noted, weights)
+    return Branches(noted, weights, edges)
 
 
 # %%

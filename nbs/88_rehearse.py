@@ -47,7 +47,7 @@ class Rehearsal(NamedTuple):
     place: dict[str, int]  #: coordinates along the axes
     device: str
     parameters: int  #: on this rank
-    imbalance: float  #: of the tokens this rank routed: its busiest expert over the mean
+    imbalance: float | None  #: of the tokens this rank routed: its busiest expert over the mean; None: it has no router
     peak_bytes: int
     step_seconds: float  #: without communication; the fastest step
     tokens_per_step: int  #: of the whole job
@@ -118,7 +118,7 @@ def rehearse(config: Config, rank: int, ranks: int, steps: int = 3) -> Rehearsal
             mesh.coordinates._asdict(),
             torch.cuda.get_device_name() if cuda else "cpu",
             held,
-            (load.max(dim=1).values / load.mean(dim=1)).max().item(),
+            (load.max(dim=1).values / load.mean(dim=1)).max().item() if len(load) else None,
             peak,
             min(seconds),
             train.batch_size * train.sequence_length,

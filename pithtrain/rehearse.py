@@ -23,7 +23,7 @@ from .train.step import Learner, read_microbatches
 from .train.trainer import choose_compute
 from .verify import RandomBatches
 
-# %% ../nbs/88_rehearse.py #Rehearsal@c9760897
+# %% ../nbs/88_rehearse.py #Rehearsal@ef69e875
 class Rehearsal(NamedTuple):
     """What one rank needs. Memory in bytes: on a GPU of tensors, on the CPU of the process."""
 
@@ -32,7 +32,7 @@ class Rehearsal(NamedTuple):
     place: dict[str, int]  #: coordinates along the axes
     device: str
     parameters: int  #: on this rank
-    imbalance: float  #: of the tokens this rank routed: its busiest expert over the mean
+    imbalance: float | None  #: of the tokens this rank routed: its busiest expert over the mean; None: it has no router
     peak_bytes: int
     step_seconds: float  #: without communication; the fastest step
     tokens_per_step: int  #: of the whole job
@@ -58,7 +58,7 @@ class Unfed(Engine):
         tensor = super()._take(way, stage, m)
         return torch.randn_like(tensor) if tensor.dim() else tensor
 
-# %% ../nbs/88_rehearse.py #rehearse@c4f6abb1
+# %% ../nbs/88_rehearse.py #rehearse@b9b5f75a
 def rehearse(config: Config, rank: int, ranks: int, steps: int = 3) -> Rehearsal:
     """Run `steps` steps as `rank` of `ranks` on this machine's device. This process must have no process group.
 
@@ -97,7 +97,7 @@ def rehearse(config: Config, rank: int, ranks: int, steps: int = 3) -> Rehearsal
             mesh.coordinates._asdict(),
             torch.cuda.get_device_name() if cuda else "cpu",
             held,
-            (load.max(dim=1).values / load.mean(dim=1)).max().item(),
+            (load.max(dim=1).values / load.mean(dim=1)).max().item() if len(load) else None,
             peak,
             min(seconds),
             train.batch_size * train.sequence_length,

@@ -253,6 +253,36 @@ def test_input_half_leaves_weights_alone_and_computes_no_weight_gradient():
     assert wanted[2:] == [[False, True]] * 2 and module.a.grad is not None
 
 
+class Product(torch.autograd.Function):
+    """A node that is a Python object, which torch may free with the graph that it is in."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        return grad @ w.T, x.T @ grad
+
+
+@pytest.mark.parametrize("last", ["relu", "itself"])
+def test_nodes_from_python_outlive_what_led_to_them(last):
+    """W with nothing left of the output: its branches are of nodes that only the graph owned."""
+    act = torch.relu if last == "relu" else lambda x: x
+    stage = ModuleStage(Takes(lambda x, a, b: act(Product.apply(torch.relu(Product.apply(x, a)), b))))
+    x, grad = torch.randn(3, WIDTH), torch.randn(3, WIDTH)
+    y, saved = stage.forward(x, None)
+    _, rest = stage.backward_input(saved, grad)
+    del y, saved
+    gc.collect()
+    stage.backward_weight(rest)
+    a, b = stage.module.a, stage.module.b
+    wanted = torch.autograd.grad(act(torch.relu(x @ a) @ b), (a, b), grad)
+    assert all(torch.allclose(p.grad, w, atol=1e-6) for p, w in zip((a, b), wanted, strict=True))
+
+
 class Link(nn.Module):
     """One product; the first takes the batch, and the last makes a loss."""
 

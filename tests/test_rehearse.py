@@ -40,6 +40,17 @@ def test_any_rank_of_256(rank):
     assert found.imbalance < 2 and found.step_seconds > 0 and found.tokens_per_step == 256 * 64
 
 
+@pytest.mark.parametrize("rank", [0, 15])
+@pytest.mark.parametrize("schedule", ["dualpipev", "zbv", "1f1b"])
+def test_a_pipeline_rank_with_and_without_layers(rank, schedule):
+    """Two layers on the four stages of two ranks: rank 0 of a V has embedding and head, and no layer."""
+    config = on(pp=2, ep=4, schedule=schedule)
+    config = dataclasses.replace(config, model=dataclasses.replace(CONFIG.model, layers=2))
+    found = rehearse(config, rank, 16, steps=2)
+    assert found.place["pp"] == rank // 8 and found.step_seconds > 0
+    assert (found.imbalance is None) == (rank == 0 and schedule != "1f1b")
+
+
 def test_arrivals_are_as_many_as_departures(monkeypatch):
     """The experts of a rank get the tokens that evenly spread peers would send: top_k pairs for each token routed."""
     from pithtrain.layers.experts import Experts

@@ -49,12 +49,13 @@ def split_graph(roots: Sequence[Node], x: Tensor) -> tuple[dict[Node, list[Tenso
     own = {node: [w for w in found if uses[w] == 1] for node, found in weights.items()}
     return {node: found for node, found in own.items() if found}, shared
 
-# %% ../../../nbs/56a_pieces.py #Branches@81829fab
+# %% ../../../nbs/56a_pieces.py #Branches@c488d987
 class Branches(NamedTuple):
     """What is left for W: per trunk node the gradient that arrived at it and the weights that branch off."""
 
     noted: dict[Node, tuple[Tensor | None, ...]]
     weights: dict[Node, list[Tensor]]
+    roots: Sequence[GradientEdge]  #: they own the graph; its nodes from Python code would not outlive it by themselves
 
     def backward(self) -> None:
         """Adds to the gradients of the weights; what was kept for them is let go of on the way."""
@@ -63,7 +64,7 @@ class Branches(NamedTuple):
             edges, grads = zip(*((GradientEdge(node, i), g) for i, g in enumerate(grads) if g is not None), strict=True)
             torch.autograd.backward(edges, grads, inputs=self.weights.pop(node))
 
-# %% ../../../nbs/56a_pieces.py #backward_to@68b7f5dc
+# %% ../../../nbs/56a_pieces.py #backward_to@12dac741
 def backward_to(x: Tensor, edges: Sequence[GradientEdge], grads: Sequence[Tensor]) -> Branches:
     """Sends the gradients at `edges` along the trunk to the leaf `x`; what is left for W."""
     weights, shared = split_graph([edge.node for edge in edges], x)
@@ -72,7 +73,7 @@ def backward_to(x: Tensor, edges: Sequence[GradientEdge], grads: Sequence[Tensor
     torch.autograd.backward(edges, grads, retain_graph=bool(weights), inputs=[x, *shared])
     for hook in hooks:
         hook.remove()
-    return Branches(noted, weights)
+    return Branches(noted, weights, edges)
 
 # %% ../../../nbs/56a_pieces.py #Border@f286efb6
 class Border:
