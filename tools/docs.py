@@ -29,6 +29,7 @@ from literate import notebook_paths, read, read_notebook
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE, HTML = ROOT / "docs/_build/source", ROOT / "docs/_build/html"
 CACHE = ROOT / "docs/.jupyter_cache"
+COMMANDS_SEE = ("pithtrain", "ate_bench", "README.md", "AGENTS.md")
 SECONDS = 300  # that one cell may take
 WORDS_A_MINUTE, LINES_A_MINUTE = 180, 20
 
@@ -129,13 +130,8 @@ def run(page: Path, notebook: nbformat.NotebookNode) -> tuple[nbformat.NotebookN
 
     begin, error = time.perf_counter(), ""
     with tempfile.TemporaryDirectory() as folder:
-        for name in (
-            "configs",
-            "docs",
-            "nbs",
-            "tools",
-            "README.md",
-        ):  # a checkout to look at; what is written stays here
+        looked_at = ("configs", "docs", "nbs", "tools") + (COMMANDS_SEE if page.suffix == ".md" else ())
+        for name in looked_at:  # a checkout to read; what is written stays in the folder
             (Path(folder) / name).symlink_to(ROOT / name)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "100"}
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
@@ -151,8 +147,9 @@ def run(page: Path, notebook: nbformat.NotebookNode) -> tuple[nbformat.NotebookN
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # when it ran: would make each build differ from the last
         for output in cell.get("outputs", []):
-            if output.output_type == "stream":
-                output.text = output.text.replace(folder, "~/pithtrain")
+            if output.output_type == "stream":  # of a line written over and over, as progress is, the last state
+                text = re.sub(r"[^\n]*\r(?=[^\n])", "", output.text.replace(folder, "~/pithtrain"))
+                output.text = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", text)
     return notebook, time.perf_counter() - begin, error
 
 
@@ -265,10 +262,18 @@ def as_page(notebook: nbformat.NotebookNode, page: Path) -> nbformat.NotebookNod
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), "export"]
         if cell.cell_type == "code":
             cell.source = re.sub(r"^#\|.*\n", "", cell.source, flags=re.M)
-        cells.append(cell)
+        cells.append(commands(cell) if cell.source.startswith("%%bash\n") else cell)
     notebook.cells = cells
     notebook.metadata["kernelspec"].pop("inputs", None)
     return notebook
+
+
+def commands(cell: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """A cell of shell commands as prose: what was typed, and what was printed."""
+    parts = [fenced(cell.source.removeprefix("%%bash\n"), "bash")]
+    if said := "".join(output.text for output in cell.outputs):
+        parts.append(fenced(said, "text"))
+    return nbformat.v4.new_markdown_cell("\n\n".join(parts), id=cell.id)
 
 
 def as_download(notebook: nbformat.NotebookNode, page: Path) -> nbformat.NotebookNode:
