@@ -23,6 +23,8 @@ from pithtrain.config import (
 )
 from pithtrain.parallel.mesh import Mesh, fit_axes
 from pithtrain.parallel.pipeline.generate import KINDS
+from pithtrain.parallel.pipeline.overlap import overlapped
+from pithtrain.parallel.pipeline.schedule import Op
 from pithtrain.train.step import Learner, read_microbatches
 from pithtrain.verify import RandomBatches, Trace, compare, nothing, reference_config, trace, verify
 
@@ -123,6 +125,21 @@ def test_recomputation_and_hybrid_sharding_change_nothing():
     configs = [run(model, mesh, train={"recompute": what}) for what in ("attention", "experts", "layer")
                for mesh in ({"dp": 2, "ep": 2}, {"pp": 2, "dp": 2})]  # fmt: skip
     check([*configs, run(model, {"copies": 2}), run(model, {"copies": 2, "cp": 2})], 4)
+
+
+def overlaps(learner):
+    """What a rank of a pipeline runs has overlapped actions in it, which are run overlapped."""
+    if learner.mesh.axes.pp > 1:
+        assert learner.engine.overlap is overlapped
+        assert sum(action.op is Op.OVERLAP for action in learner.engine.schedule.ranks[learner.engine.rank]) > 1
+
+
+def test_overlap_beside_expert_parallelism_and_recomputation():
+    qwen, deepseek, mesh = FAMILIES["qwen3-moe"], FAMILIES["deepseek v2"], {"pp": 2, "ep": 2}
+    longer = dataclasses.replace(qwen, layers=8)
+    configs = [run(qwen, mesh, train={"recompute": what}) for what in ("none", "attention", "experts", "layer")]
+    configs += [run(deepseek, mesh, train={"recompute": "layer"}), run(longer, {"pp": 4})]
+    check(configs, 4, overlaps)
 
 
 def test_every_schedule_with_expert_and_data_parallelism():
