@@ -57,6 +57,7 @@ class Graph:
 
     paths: dict[str, Path] = field(default_factory=dict)  #: of each definition, where it stands
     modules: dict[str, Path] = field(default_factory=dict)
+    lines: dict[str, int] = field(default_factory=dict)  #: definition -> its line
     aliases: dict[str, str] = field(default_factory=dict)  #: imported name -> what was imported
     bases: dict[str, list[str]] = field(default_factory=dict)  #: of each class, as it names them
     mentions: dict[str, set[str]] = field(default_factory=dict)  #: names that may be definitions or aliases
@@ -136,8 +137,8 @@ def add_source(graph: Graph, source: Source) -> None:
     graph.modules[source.module] = source.path
     graph.aliases |= {f"{source.module}.{name}": target for name, target in names.items() if name not in own}
 
-    def define(node: ast.AST, name: str, scope: str | None) -> None:
-        graph.paths[name] = source.path
+    def define(node: ast.AST, name: str, scope: str | None, line: int) -> None:
+        graph.paths[name], graph.lines[name] = source.path, line
         mentions, unresolved = graph.mentions.setdefault(name, set()), graph.unresolved.setdefault(name, set())
         for part in reading(node):
             if isinstance(part, ast.Name) and part.id in names:
@@ -152,20 +153,20 @@ def add_source(graph: Graph, source: Source) -> None:
                     unresolved.add(part.attr)
 
     for name, node in values.items():
-        define(node, f"{source.module}.{name}", None)
+        define(node, f"{source.module}.{name}", None, node.lineno)
     for node in source.tree.body:
         name = f"{source.module}.{getattr(node, 'name', '')}"
         if isinstance(node, FUNCTIONS):
-            define(node, name, None)
+            define(node, name, None, node.lineno)
         elif isinstance(node, ast.ClassDef):
-            define(ast.Tuple([*node.bases, *node.decorator_list]), name, None)
+            define(ast.Tuple([*node.bases, *node.decorator_list]), name, None, node.lineno)
             heads = [ast.unparse(base).partition(".") for base in node.bases]
             graph.bases[name] = [names[head] + dot + rest for head, dot, rest in heads if head in names]
             for member in node.body:
                 if isinstance(member, FUNCTIONS):
                     graph.mentions[name].add(f"{name}.{member.name}")
                     graph.methods[member.name].add(f"{name}.{member.name}")
-                    define(member, f"{name}.{member.name}", name)
+                    define(member, f"{name}.{member.name}", name, member.lineno)
                 else:  # fields, and what classes inside the class say
                     inside = [part.id for part in ast.walk(member) if isinstance(part, ast.Name)]
                     graph.mentions[name] |= {names[part] for part in inside if part in names}
@@ -235,8 +236,13 @@ class Trail:
     """A chain of definitions from entry to target; `searches` of its links had to be searched for."""
 
     names: list[str]
-    files: list[Path]
+    places: list[tuple[Path, int]]  #: file and line of each; line 0 where an import hands a name on
     searches: int
+
+    @property
+    def files(self) -> list[Path]:
+        """The files on the way, each once."""
+        return list(dict.fromkeys(path for path, _ in self.places))
 
     @property
     def found(self) -> bool:
@@ -272,8 +278,9 @@ def find_trail(graph: Graph, entry: str, target: str) -> Trail:
     while names[0] != start:
         before, chain = came[names[0]]
         names[:1] = [before, *chain]
-    files = [graph.paths.get(name) or graph.modules[name.rpartition(".")[0]] for name in names]
-    return Trail(names, list(dict.fromkeys(files)), best[goal] // SEARCH)
+    paths = [graph.paths.get(name) or graph.modules[name.rpartition(".")[0]] for name in names]
+    lines = [graph.lines.get(name, 0) for name in names]
+    return Trail(names, list(zip(paths, lines, strict=True)), best[goal] // SEARCH)
 
 
 # %%

@@ -15,6 +15,8 @@
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import distributions
 from pathlib import Path
 
 from ate_bench.duplicates import find_duplicates
@@ -53,6 +55,7 @@ class Way:
     searches: int
     files: int
     tokens: int
+    trail: list[str]  #: `file:line name` of each definition on the way
 
 
 # %%
@@ -62,6 +65,7 @@ class StaticCost:
     """What one framework costs to read. Counts are absolute."""
 
     name: str
+    version: str
     files: int
     unparsed: int
     lines: int
@@ -70,6 +74,22 @@ class StaticCost:
     duplicate_share: float
     errors: Errors
     ways: list[Way]
+
+
+# %%
+#| export
+def version_of(root: Path) -> str:
+    """The version of the distribution that installed the package folder `root`; empty where none did."""
+    for found in distributions(path=[str(root.parent)]):
+        if root.name in (found.read_text("top_level.txt") or found.name).split():
+            return found.version
+    return ""
+
+
+# %%
+import numpy
+
+print("numpy", version_of(Path(numpy.__file__).parent))
 
 
 # %%
@@ -83,10 +103,13 @@ def static_cost(root: Path, questions: Path) -> StaticCost:
     graph, ways = build_graph(sources), []
     for question in read_questions(questions, root.name):
         trail = find_trail(graph, question.entry, question.target)
-        links = max(len(trail.names) - 1, 0)
-        ways.append(Way(question.text, links, trail.searches, len(trail.files), sum(tokens[p] for p in trail.files)))
+        links, files = max(len(trail.names) - 1, 0), trail.files
+        steps = zip(trail.names, trail.places, strict=True)
+        places = [f"{path.relative_to(root.parent)}:{line} {name}" for name, (path, line) in steps if line]
+        ways.append(Way(question.text, links, trail.searches, len(files), sum(tokens[p] for p in files), places))
     return StaticCost(
         name=root.name,
+        version=version_of(root),
         files=len(sources),
         unparsed=sum(source.tree is None for source in sources),
         lines=sum(len(source.text.splitlines()) for source in sources),
@@ -119,7 +142,7 @@ def static_table(costs: list[StaticCost]) -> str:
     def rate(kind: str) -> list[str]:
         return [f"{1000 * c.indirection[kind] / c.lines:.2f} ({c.indirection[kind]:,})" for c in costs]
 
-    rows = [("", [c.name for c in costs]), ("---", ["---:"] * len(costs))]
+    rows = [("", [f"{c.name} {c.version}".strip() for c in costs]), ("---", ["---:"] * len(costs))]
     rows.append(("Python files", [f"{c.files:,}" for c in costs]))
     rows.append(("lines", [f"{c.lines:,}" for c in costs]))
     rows.append(("tokens to read it all", [f"{c.tokens:,}" for c in costs]))
@@ -152,24 +175,56 @@ print(static_table(costs))
 # %%
 #| export
 def static_json(costs: list[StaticCost]) -> str:
-    """The costs as JSON."""
-    return json.dumps([asdict(cost) for cost in costs], indent=2)
+    """The costs as JSON, with today's date."""
+    return json.dumps({"date": str(date.today()), "frameworks": [asdict(cost) for cost in costs]}, indent=2)
 
 
 # %%
-assert json.loads(static_json(costs))[0]["name"] == "pithtrain"
+assert json.loads(static_json(costs))["frameworks"][0]["name"] == "pithtrain"
 
 # %% [markdown]
-# Where the two packages of this repository differ from a line of their own kind: each bar is a kind of
-# indirection, for a thousand lines.
+# ## Three frameworks
+#
+# PithTrain beside TorchTitan 0.3 and Megatron-Core 0.16.1, both as PyPI has them. The figures are read from the file
+# that this command wrote, so that they are those of one day and one state:
+#
+# ```
+# pip download --no-deps torchtitan==0.3.0 megatron-core==0.16.1    # and unpack the two
+# ate-bench static pithtrain torchtitan/torchtitan megatron/megatron --json docs/benchmarks/ate-static.json
+# ```
+#
+# Megatron-Core is a library without a training script: what other frameworks have in one, its users write.
+
+# %%
+kept = json.loads((package.parent / "docs" / "benchmarks" / "ate-static.json").read_text())
+frameworks = []
+for table in kept["frameworks"]:
+    ways = [Way(**way) for way in table["ways"]]
+    frameworks.append(StaticCost(**{**table, "errors": Errors(**table["errors"]), "ways": ways}))
+print(f"measured {kept['date']}\n\n{static_table(frameworks)}")
+
+# %% [markdown]
+# And the lines that each entry question goes through: what a reader, or an agent, opens on the shortest way from the
+# entry point to the answer. A name that only an `__init__` hands on has no line here.
+
+# %%
+for question in dict.fromkeys(way.question for cost in frameworks for way in cost.ways):
+    print(question)
+    for cost in frameworks:
+        for way in cost.ways:
+            if way.question == question:
+                print(f"  {cost.name}", *way.trail, sep="\n      ")
+
+# %% [markdown]
+# Where the frameworks differ from a line of their own kind: each bar is a kind of indirection, for a thousand lines.
 
 # %%
 import matplotlib.pyplot as plt
 
 fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
-for shift, cost in zip((-0.2, 0.2), costs, strict=True):
+for shift, cost in zip((-0.27, 0, 0.27), frameworks, strict=True):
     rates = [1000 * cost.indirection[kind] / cost.lines for kind in KINDS]
-    ax.barh([i + shift for i in range(len(KINDS))], rates, height=0.4, label=cost.name)
+    ax.barh([i + shift for i in range(len(KINDS))], rates, height=0.27, label=cost.name)
 ax.set_yticks(range(len(KINDS)), KINDS)
 ax.set(title="Indirection", xlabel="places per 1,000 lines")
 ax.legend()

@@ -212,7 +212,8 @@ def test_the_static_table(tmp_path: Path):
     assert cost.ways[0].tokens == sum(count(text) for text in texts)
     table = static_table([cost])
     assert "| Where? | 4 files" in table and "| No way? | no trail |" in table and "Not asked" not in table
-    assert json.loads(static_json([cost]))[0]["ways"][0]["files"] == 4
+    assert json.loads(static_json([cost]))["frameworks"][0]["ways"][0]["files"] == 4
+    assert cost.ways[0].trail[0].startswith("lib/cli.py:") and cost.ways[0].trail[-1].endswith(" lib.base.kernel")
 
 
 def test_questions_that_are_wrong_say_so(tmp_path: Path):
