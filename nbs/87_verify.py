@@ -268,6 +268,7 @@ def verify(configs: Sequence[Config], world_size: int, steps: int = 3, prepare: 
 import tempfile
 
 from pithtrain.config import BalanceConfig, Qwen3MoeConfig, TrainConfig
+from pithtrain.verify import verify  # a process can import a module's function, and none of a notebook's own
 
 small = Config(
     model=Qwen3MoeConfig(vocab_size=300, layers=2, hidden=32, heads=4, head_dim=8, experts=8, expert_hidden=16),
