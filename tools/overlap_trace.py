@@ -9,7 +9,6 @@ import argparse
 import datetime
 import importlib.metadata
 import json
-import tempfile
 from collections import deque
 from pathlib import Path
 from typing import NamedTuple
@@ -47,7 +46,9 @@ class Rank:
             with device:
                 made = build(config, place)
             initialise(made, seed=0)
-            self.stages.append(PartStage(made.to(dtype), lambda output, routing, batch: output, beside))
+            for parameter in made.parameters():  # as gathered for the compute
+                parameter.data = parameter.data.to(dtype)
+            self.stages.append(PartStage(made, lambda output, routing, batch: output, beside))
         self.x, self.grad = torch.randn(2, sequences, length, config.hidden, device=device, dtype=dtype)
         self.batch = Batch(None, torch.arange(length, device=device), None)
         self.saved = [deque([stage.forward(self.x, self.batch)[1]]) for stage in self.stages]
@@ -100,8 +101,8 @@ def emulate_wire(gigabytes, device):
     expert.travel = slow
 
 
-def trace(rank):
-    """Kernels of one overlapped action in the steady state, each with the piece that launched it."""
+def trace(rank, path):
+    """Writes the profiler's trace to `path`; kernels of one overlapped action in the steady state, each with the piece that launched it."""
     rank.steady(overlapped, 1)
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -110,9 +111,8 @@ def trace(rank):
         with torch.profiler.record_function("traced"):
             rank.pair(overlapped, 1)
         torch.cuda.synchronize()
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        profile.export_chrome_trace(file.name)
-        events = json.loads(Path(file.name).read_text())["traceEvents"]
+    profile.export_chrome_trace(str(path))
+    events = json.loads(path.read_text())["traceEvents"]
     ranges = [e for e in events if e.get("cat") == "user_annotation"]
     whole = next(e for e in ranges if e["name"] == "traced")
     first, last = whole["ts"], whole["ts"] + whole["dur"]
@@ -203,7 +203,8 @@ def main():
         run = {"wire_gigabytes_a_second": gigabytes or None, "pair_ms": times}
         if cuda:
             run["forward_ms"] = milliseconds(rank.forwards, rounds, device)
-            pieces, kernels = trace(rank)
+            print(run, flush=True)
+            pieces, kernels = trace(rank, arguments.json.with_suffix(f".trace-{gigabytes:g}.json"))
             run |= {"check": check(pieces, kernels), "pieces": pieces, "kernels": kernels}
         runs.append(run)
         expert.travel = plain
