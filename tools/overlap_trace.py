@@ -102,7 +102,7 @@ def emulate_wire(gigabytes, device):
 
 
 def trace(rank, path):
-    """Writes the profiler's trace to `path`; kernels of one overlapped action in the steady state, each with the piece that launched it."""
+    """The pieces of one overlapped action and their kernels; the profiler's whole trace is written to `path`."""
     rank.steady(overlapped, 1)
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
