@@ -63,7 +63,7 @@ docs-serve: docs  ## build the site and show it on http://localhost:8000
 	@$(PY) -m http.server --bind 127.0.0.1 --directory docs/_build/html 8000
 
 test-docs: docs  ## build the site and look at every page in a headless chromium
-	@$(PY) -m pytest tests/docs
+	@$(PY) -m pytest tests/docs -n 2
 
 test: check lint $(AGENT)  ## everything that needs no GPU
 	@$(PY) -m pytest tests --ignore=tests/notebooks --ignore=tests/docs -n 2 --durations=12

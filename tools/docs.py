@@ -100,10 +100,11 @@ def absolute(text: str) -> str:
 def digest_of(path: Path, known: dict[str, Path]) -> str:
     """Changes when anything does that may change what a page shows."""
     text = read(path)
-    if path.suffix == ".md" or "ate_bench" in path.parts or "tools/" in text:  # commands run, or trees are measured
-        used = {*known.values(), *(ROOT / "docs/benchmarks").glob("*")}
+    if "%%bash" in text or "ate_bench" in path.parts or "tools/" in text:  # commands are run, or trees are measured
+        used = set(known.values())
     else:
         used = dependencies(text, known)
+    used |= set((ROOT / "docs/benchmarks").glob("*")) if "benchmarks" in text else set()
     used |= {ROOT / "constraints.txt", ROOT / "tools/docs_figures.py", *(ROOT / "configs").glob("*.toml")}
     content = "".join(f"{file.relative_to(ROOT)}\n{read(file)}" for file in sorted(used))
     return hashlib.sha256(content.encode()).hexdigest()
