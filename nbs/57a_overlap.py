@@ -135,8 +135,8 @@ def overlapped(forward: ForwardPass, backward: BackwardPass) -> tuple[tuple[Tens
 # ## The order, recorded
 #
 # Two parts of a model, two layers each, with an [exchange](41_expert_parallel.py) over a group of one rank that sends
-# everything to itself. The profiler writes down what ran, in the order in which it did. The same two passes are then
-# run in turn: every gradient is the same to the last bit.
+# everything to itself. Each piece is noted as it begins. The same two passes are then run in turn: every gradient is
+# the same to the last bit.
 
 # %%
 import os
@@ -188,24 +188,33 @@ def batch(seed):
     return Batch(tokens[:, :-1], torch.arange(32), tokens[:, 1:])
 
 
+order, lane = [], Tape.lane
+
+
+def noted(tape, name, aside):
+    order.append(name.split())
+    return lane(tape, name, aside)
+
+
+Tape.lane = noted  # every piece begins by entering its lane
+
+
 def pair(overlap, recompute="none"):
     """Microbatch 0 forward through both halves; then its backward through the second, with 1 forward in the first."""
     first, second = stages(recompute)
     x, _ = first.forward(None, batch(0))
     loss, saved = second.forward(x, batch(0))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        (y, _), dx = overlap(ForwardPass(first, None, batch(1)), BackwardPass(second, saved, torch.ones_like(loss)))
-    events = sorted(profile.events(), key=lambda event: event.time_range.start)
-    order = [event.name.split() for event in events if event.name.split()[0] in ("forward", "backward")]
-    return order, [y, dx, *(p.grad for p in second.part.parameters())]
+    order.clear()
+    (y, _), dx = overlap(ForwardPass(first, None, batch(1)), BackwardPass(second, saved, torch.ones_like(loss)))
+    return list(order), [y, dx, *(p.grad for p in second.part.parameters())]
 
 
-order, results = pair(overlapped)
+turns, results = pair(overlapped)
 apart, expected = pair(in_turn)
-assert len(order) == len(apart) and all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+assert len(turns) == len(apart) and all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 for recompute in ("attention", "experts", "layer"):
     assert all(torch.equal(a, b) for a, b in zip(pair(overlapped, recompute)[1], expected, strict=True))
-print("\n".join(" ".join(words) for words in order[:12]), "...", sep="\n")
+print("\n".join(" ".join(words) for words in turns[:12]), "...", sep="\n")
 
 # %% [markdown]
 # What would two streams make of that order? Each piece starts when its stream is free and the piece before it in its
@@ -241,7 +250,7 @@ def draw(ax, spans, title):
     ax.invert_yaxis()
 
 
-together, in_sequence = two_streams(order), two_streams(apart)
+together, in_sequence = two_streams(turns), two_streams(apart)
 length = [max(span[4] for span in spans) for spans in (together, in_sequence)]
 fig, axes = plt.subplots(2, 1, figsize=(10, 3.2), sharex=True, layout="constrained")
 draw(axes[0], together, f"overlapped: {length[0]:.0f} units")
@@ -254,11 +263,78 @@ fig
 # Blue is the forward, green the backward. Above, the compute stream has no gap between its first piece and its last but
 # at the ends, where one of the two microbatches is alone. Below, every travelling stage is a hole in it.
 #
-# On a GPU the order above is launched on two streams, and no code differs. Without one, the pieces run one after
-# the other in that very order.
+# On a GPU that order is launched on two streams, and no code differs. Without one, the pieces run one after the other
+# in that very order.
 
 # %%
 dist.destroy_process_group()
 
 # %% [markdown]
+# ## On a GPU
+#
+# `tools/overlap_trace.py` runs two stages of two layers of Qwen3-30B-A3B's shape, as a rank in the middle of DualPipeV
+# has them, on one GPU, and writes down every kernel of one overlapped action. A rank alone has no peers: its tokens
+# travel through NCCL from its memory to itself, and that takes next to nothing. So there is a second run, in which a
+# wire of 50 GB/s is *emulated*: behind each transfer a kernel sleeps for as long as its bytes would take.
+
+# %%
+import json
+from pathlib import Path
+
+import pithtrain
+
+file = Path(pithtrain.__file__).parent.parent / "docs" / "benchmarks" / "overlap-h100.json"
+result = json.loads(file.read_text()) if file.exists() else {"runs": []}
+if result["runs"]:
+    print(
+        f"{result['device']}, torch {result['versions']['torch']}, {result['date']}; {result['shape']['tokens']} tokens"
+    )
+for run in result["runs"]:
+    wire, times, seen = run["wire_gigabytes_a_second"], run["pair_ms"], run["check"]
+    apart, both = (sorted(times[name])[1] for name in ("in turn", "overlapped"))
+    launched = [piece["name"].split()[:2] for piece in run["pieces"]]
+    assert launched == [words[:2] for words in turns] and seen["kernels_in_order_of_launch"]
+    assert all(len(streams) == 1 for streams in seen["streams"].values())
+    share = seen["travel_under_compute_of_the_other_us"] / seen["travel_us"]
+    print(
+        f"wire: {f'{wire:.0f} GB/s, emulated' if wire else 'none':20} in turn {apart:.1f} ms, overlapped {both:.1f} ms"
+    )
+    print(
+        f"    {share:.0%} of {seen['travel_us'] / 1e3:.1f} ms on the second stream lie under compute of the other one"
+    )
+
+# %% [markdown]
+# The kernels were launched in the order that was recorded above, piece for piece, the compute on one stream and all
+# that travels on one other. This is where they ran:
+
+# %%
+fig, axes = plt.subplots(2, 1, figsize=(10, 3.6), sharex=True, layout="constrained")
+for ax, run in zip(axes, result["runs"], strict=False):
+    ways = [piece["name"].split()[:2] for piece in run["pieces"]]
+    middles = {}
+    for kernel in run["kernels"]:
+        way, name = ways[kernel["piece"]]
+        start, end, travels = kernel["start"] / 1e3, kernel["end"] / 1e3, name in TRAVELS
+        colour = "C0" if way == "forward" else "C2"
+        ax.barh(int(travels), end - start, left=start, color=colour, alpha=0.45 if travels else 0.9)
+        middles.setdefault(kernel["piece"], []).append((start + end) / 2)
+    for piece, at in middles.items():
+        way, name = ways[piece]
+        if name in ("attend", "experts"):
+            ax.text(
+                sum(at) / len(at), 0, name[0].upper() + "'" * (way == "backward"), ha="center", va="center", fontsize=8
+            )
+    wire = run["wire_gigabytes_a_second"]
+    title = f"a wire of {wire:.0f} GB/s, emulated" if wire else "to itself, no wire"
+    ax.set(title=title, yticks=[0, 1], yticklabels=["compute", "travel"])
+    ax.invert_yaxis()
+axes[1].set_xlabel("milliseconds")
+fig
+
+# %% [markdown]
+# The compute stream is full: nothing in it waits for what travels below. What the second stream takes from the first is
+# seen in the times above: kernels that run at the same time share the memory's bandwidth, and the emulated wire costs
+# little more than one millisecond where it would cost nine. A rank alone has nothing to gain, and loses nothing. What
+# many GPUs gain on a real wire was not measured.
+#
 # **Next:** what the whole step takes, [simulated and recorded](58_fit.py).
