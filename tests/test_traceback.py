@@ -115,7 +115,7 @@ def test_every_line_of_every_module_is_found():
     """Each line of code of each block, in all modules, leads to the same line of its notebook."""
     for module in [*REPOSITORY.glob("pithtrain/**/*.py"), *REPOSITORY.glob("ate_bench/*.py")]:
         lines = module.read_text().splitlines()
-        starts = [i for i, line in enumerate(lines, start=1) if re.search(r"#\S+@[0-9a-f]{8}$", line)]
+        starts = [i for i, line in enumerate(lines, start=1) if re.search(r"^# %% \S+@[0-9a-f]{8}$", line)]
         for start, end in zip(starts, [*starts[1:], len(lines) + 1], strict=False):
             for line in {start + 1, (start + end) // 2, end - 1}:
                 if line > start and lines[line - 1].strip():

@@ -23,7 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import nbformat
-from docs_api import modules, write_reference
+from docs_api import definitions, modules, write_reference
 from literate import notebook_paths, read, read_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -403,8 +403,7 @@ class Layout:
 
     def gives(self, name: str) -> list[str]:
         module = modules(ROOT).get(self.module[name])
-        match = re.search(r"^__all__ = \[(.*?)\]", read(module), re.M | re.S) if module else None
-        return [given for given in re.findall(r"'(\w+)'", match[1]) if given[0] != "_"] if match else []
+        return list(definitions(module)) if module else []
 
 
 # Building ------------------------------------------------------------------------------------------------------

@@ -25,16 +25,8 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-def public(path: Path) -> list[str]:
-    """`__all__` of a module, in the order of the text."""
-    for node in parsed(path).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
-            return [name for name in ast.literal_eval(node.value) if not name.startswith("_")]
-    return []
-
-
 def definitions(path: Path) -> dict[str, ast.AST]:
-    """The nodes that define the public names of a module."""
+    """The nodes that define the public names of a module, in the order of the text."""
     found = {}
     for node in parsed(path).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -43,7 +35,7 @@ def definitions(path: Path) -> dict[str, ast.AST]:
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             if isinstance(target, ast.Name):
                 found[target.id] = node
-    return {name: found[name] for name in public(path) if name in found}
+    return {name: node for name, node in found.items() if not name.startswith("_")}
 
 
 def methods(node: ast.ClassDef) -> list[ast.FunctionDef]:
@@ -57,7 +49,7 @@ def full_names(root: Path) -> dict[str, str]:
     """What prose may call a thing -> its full name: each full name, and a bare one that only one module has."""
     bare, names = Counter[str](), dict[str, str]()
     for module, path in modules(root).items():
-        if public(path):
+        if definitions(path):
             names[module] = module
         for name, node in definitions(path).items():
             bare[name] += 1
