@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
-from torch.utils._pytree import tree_leaves, tree_map
 
 # %% [markdown]
 # ## Splitting a backward in two
@@ -281,10 +280,10 @@ class Tape:
             return Crossing(value.detach(), border)
 
         def call() -> Any:
-            return function(*tree_map(self.enter, inputs))
+            return function(*each(inputs, self.enter))
 
         with self.lane(f"forward {name}", aside), torch.set_grad_enabled(not again):
-            outputs = tree_map(leave, call())
+            outputs = each(call(), leave)
         if borders:
             self.pieces.append(Piece(name, borders, aside, call if again else None))
         return outputs
@@ -293,11 +292,14 @@ class Tape:
         """The backward of a piece, those behind it being done: all of it, or I alone; then what W needs."""
         with self.lane(f"backward {piece.name}", piece.aside):
             if piece.again is not None:
+                borders = iter(piece.borders)
+
+                def leave(value: Any) -> None:
+                    if isinstance(value, Tensor) and value.is_floating_point():
+                        next(borders).edge = get_gradient_edge(value) if value.requires_grad else None
+
                 with torch.enable_grad():
-                    outputs = [t for t in tree_leaves(piece.again()) if isinstance(t, Tensor) and t.is_floating_point()]
-                for border, output in zip(piece.borders, outputs, strict=True):
-                    border.edge = get_gradient_edge(output) if output.requires_grad else None
-                del outputs, output
+                    each(piece.again(), leave)
             edges, grads = [], []
             for border in piece.borders:
                 if border.edge is not None and border.grad is not None:
@@ -308,6 +310,14 @@ class Tape:
                 return backward_to(self.anchor, edges, grads)
             torch.autograd.backward(edges, grads)
             return None
+
+
+def each(values: Any, change: Callable[[Any], Any]) -> Any:
+    """`values` with each of what is in its tuples and lists changed."""
+    if not isinstance(values, tuple | list):
+        return change(values)
+    changed = [each(value, change) for value in values]
+    return type(values)(*changed) if hasattr(values, "_fields") else type(values)(changed)
 
 
 def lend(tensor: Tensor) -> Tensor:
