@@ -24,19 +24,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from pithtrain.config import UserError
-from pithtrain.kernels.dispatch import gather_sum, plan_rows, reference_gather_sum, reference_plan_rows
 from pithtrain.kernels.expert_mlp import expert_mlp
 from pithtrain.kernels.lang import triton
 from pithtrain.kernels.router import route
 from pithtrain.layers.experts import ExpertMLP
 from pithtrain.layers.router import Routed
 from pithtrain.models.stages import AtHome, Exchange
-from pithtrain.parallel.expert import ExpertExchange
 
 # %% [markdown]
 # ## Shapes
@@ -471,112 +468,21 @@ fig
 # %% [markdown]
 # ## Dispatch
 #
-# What [expert parallelism](41_expert_parallel.py) adds on a rank, apart from the wire. First the kernels that find
-# and add up rows, as on one rank of eight: beside each stands the number of bytes that it cannot avoid to move. Such
-# kernels end so soon that a host cannot launch them fast enough; on a GPU they are replayed from a CUDA graph as
-# well, which shows the time of the device alone.
-
-
-# %%
-#| export
-def graph_of(run: Callable[[], object]) -> Callable[[], object]:
-    """A function that replays what `run` launches on the GPU."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-# %% [markdown]
-# Then the whole block, forward and backward, at home and through an exchange over a group of one rank: every
-# token is gathered, sent by the rank to itself, brought back and added up.
-
-
-# %%
-#| export
-def bench_dispatch(shape: Shape, device: torch.device, ranks: int = 8, repeats: int = 20) -> dict:
-    """Measure dispatch's kernels for one of `ranks` and the block through a group of one; ready for JSON.
-
-    This process must have no process group.
-    """
-    shape, measured = shape_for(shape, device)
-    problem, cuda = make_problem(shape, device), device.type == "cuda"
-    T, H, K = shape.tokens, shape.hidden, shape.top_k
-    with torch.no_grad():
-        ids = route(problem.tokens, problem.router, K).expert_ids
-    own = shape.experts // ranks
-    plan, true = plan_rows(ids, own, ranks), reference_plan_rows(ids, own, ranks)
-    P, rows, slots = len(true.rows), true.rows, plan.slots
-    values = torch.randn(P, H, device=device, dtype=problem.tokens.dtype)
-    plan_bytes = 8 * T * K + 4 * T * ranks + 8 * P + 8 * P * K + 8 * ranks  # ids in; slots, rows, local ids, counts out
-    sum_bytes = (P + T) * H * values.element_size() + 4 * T * ranks
-    kernels = []
-    for name, run, moved, captured in (
-        ("plan_rows", lambda: plan_rows(ids, own, ranks), plan_bytes, cuda),
-        ("plan_rows in PyTorch", lambda: reference_plan_rows(ids, own, ranks), plan_bytes, False),
-        ("gather_sum", lambda: gather_sum(values, rows, slots), sum_bytes, cuda),
-        ("gather_sum in PyTorch", lambda: reference_gather_sum(values, rows, slots), sum_bytes, False),
-    ):
-        row = {"name": name, "bytes": moved, "ms": median_ms(run, device, repeats)}
-        kernels.append(row | {"ms_graph": median_ms(graph_of(run), device, repeats) if captured else None})
-    dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        exchanges = {"at home": AtHome(), "through a group of one": ExpertExchange(dist.group.WORLD)}
-        blocks = []
-        for name, exchange in exchanges.items():
-            block = pithtrain_block(problem, exchange=exchange)
-            row = {"name": name, "peak_gib": peak_gib(block, problem)}
-            blocks.append(row | {"ms": median_ms(lambda block=block: one_pass(block, problem), device, repeats)})
-    finally:
-        dist.destroy_process_group()
-    packages = ["torch", "triton"]
-    return {
-        "what": "expert-parallel dispatch: kernels for one rank of several, and the MoE block, forward and backward",
-        "measured": measured,
-        "date": datetime.date.today().isoformat(),
-        "versions": {p: importlib.metadata.version(p) for p in packages if importlib.util.find_spec(p)},
-        "shape": shape._asdict(),
-        "ranks": ranks,
-        "rows": P,
-        "kernels": kernels,
-        "blocks": blocks,
-    }
-
-
-# %%
-#| export
-def describe_dispatch(result: dict, bytes_per_second: float = 3.35e12) -> str:
-    """The result of `bench_dispatch` as lines of text, bytes beside their time at a memory's speed (an H100's)."""
-    s = result["shape"]
-    lines = [
-        f"{s['tokens']} tokens, top_k {s['top_k']} of {s['experts']} experts, {result['ranks']} ranks, "
-        f"{result['rows']} rows of {s['hidden']}; {result['measured']}",
-        f"{'':24}{'MB':>8}{f'us at {bytes_per_second / 1e12} TB/s':>18}{'us, graph':>12}{'us, launched':>14}",
-    ]
-    for row in result["kernels"]:
-        graph = "" if row["ms_graph"] is None else f"{1e3 * row['ms_graph']:.1f}"
-        least = 1e6 * row["bytes"] / bytes_per_second
-        lines.append(f"{row['name']:24}{row['bytes'] / 1e6:8.2f}{least:18.1f}{graph:>12}{1e3 * row['ms']:14.1f}")
-    for row in result["blocks"]:
-        peak = "" if row["peak_gib"] is None else f", peak {row['peak_gib']:.2f} GiB"
-        lines.append(f"block {row['name']:24}{row['ms']:8.2f} ms{peak}")
-    return "\n".join(lines)
-
-
-# %%
-result = bench_dispatch(SHAPES[-1], torch.device("cpu"), ranks=4, repeats=3)
-assert json.loads(json.dumps(result)) == result
-print(describe_dispatch(result))
-
-# %% [markdown]
-# On an H100 (`pithtrain bench dispatch --json FILE` measures it anew):
+# What [expert parallelism](41_expert_parallel.py) adds on a rank, apart from the wire (`tools/dispatch_cost.py`
+# measures it). First the kernels that find and add up rows, as on one rank of eight, beside the time in which an H100's memory
+# moves the bytes that they cannot avoid to move. Such kernels end so soon that a host cannot launch them fast enough:
+# replayed from a CUDA graph, they show the time of the device alone. Then the whole block, forward and backward, at
+# home and through an exchange over a group of one rank: every token is gathered, sent by the rank to itself, brought
+# back and added up.
 
 # %%
 file = home and home / "docs" / "benchmarks" / "dispatch-h100.json"
 if file and file.exists():
-    print(describe_dispatch(json.loads(file.read_text())))
+    measured = json.loads(file.read_text())
+    shape = measured["shape"]
+    print(f"{shape['tokens']} tokens, top_k {shape['top_k']} of {shape['experts']}; {measured['measured']}")
+    for row in measured["kernels"]:
+        graph = f"{1e3 * row['ms_graph']:6.1f} us in a graph" if row["ms_graph"] else ""
+        print(f"{row['name']:22} {row['bytes'] / 3.35e6:6.1f} us of bytes {1e3 * row['ms']:7.1f} us launched {graph}")
+    for row in measured["blocks"]:
+        print(f"block {row['name']:24} {row['ms']:.2f} ms, {row['peak_gib']:.2f} GiB")

@@ -216,21 +216,6 @@ def bench_moe_command(arguments: argparse.Namespace, overrides: list[str]) -> in
     save_json(result, arguments.json)
     return 0
 
-# %% bench_dispatch_command@2ddc086b
-def bench_dispatch_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Time expert-parallel dispatch on one device beside the bytes it moves; write JSON where asked."""
-    check_output(arguments.json, ".json")
-    refuse_overrides(overrides, "bench dispatch")
-    import torch
-
-    from pithtrain.bench import bench_dispatch, describe_dispatch, shape_named
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = bench_dispatch(shape_named(arguments.shape), device, repeats=arguments.rounds)
-    print(describe_dispatch(result))
-    save_json(result, arguments.json)
-    return 0
-
 # %% schedule_command@dedcee9e
 def schedule_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Print a pipeline schedule's bubble and peak activations, and save its picture."""
@@ -264,7 +249,7 @@ def ranged(kind: type, low: float) -> object:
     parse.__name__ = kind.__name__
     return parse
 
-# %% make_parser@d037834c
+# %% make_parser@c53ad215
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets `command` to its function."""
     parser = argparse.ArgumentParser(prog="pithtrain", description=pithtrain.__doc__, allow_abbrev=False)
@@ -362,15 +347,11 @@ def make_parser() -> argparse.ArgumentParser:
     step.add_argument("--rounds", type=ranged(int, 1), default=9, help="timed steps of each (default %(default)s)")
     step.add_argument("--json", type=Path, help="write the result to this file")
     step.set_defaults(command=bench_step_command)
-    for name, command, what in (
-        ("moe", bench_moe_command, "one Mixture-of-Experts block, GPU or CPU"),
-        ("dispatch", bench_dispatch_command, "expert-parallel dispatch on one device, GPU or CPU"),
-    ):
-        block = benches.add_parser(name, help=what, allow_abbrev=False)
-        block.add_argument("--shape", default="qwen3-30b-a3b", help="name of the shape (default %(default)s)")
-        block.add_argument("--rounds", type=ranged(int, 1), default=20, help="timed rounds (default %(default)s)")
-        block.add_argument("--json", type=Path, help="write the result to this file")
-        block.set_defaults(command=command)
+    block = benches.add_parser("moe", help="one Mixture-of-Experts block, GPU or CPU", allow_abbrev=False)
+    block.add_argument("--shape", default="qwen3-30b-a3b", help="name of the shape (default %(default)s)")
+    block.add_argument("--rounds", type=ranged(int, 1), default=20, help="timed rounds (default %(default)s)")
+    block.add_argument("--json", type=Path, help="write the result to this file")
+    block.set_defaults(command=bench_moe_command)
 
     schedule = commands.add_parser("schedule", help="a pipeline schedule as a table and a picture", allow_abbrev=False)
     schedule.add_argument("--kind", default="dualpipev", help="the schedule (default %(default)s)")
