@@ -469,11 +469,11 @@ fig
 # ## Dispatch
 #
 # What [expert parallelism](41_expert_parallel.py) adds on a rank, apart from the wire (`tools/dispatch_cost.py`
-# measures it). First the kernels that find and add up rows, as on one rank of eight, beside the time in which an H100's memory
-# moves the bytes that they cannot avoid to move. Such kernels end so soon that a host cannot launch them fast enough:
-# replayed from a CUDA graph, they show the time of the device alone. Then the whole block, forward and backward, at
-# home and through an exchange over a group of one rank: every token is gathered, sent by the rank to itself, brought
-# back and added up.
+# measures it). First the kernels that find and add up rows, as on one rank of eight, beside the time in which an
+# H100's memory moves the bytes that they cannot avoid to move. Such kernels end so soon that a host cannot launch
+# them fast enough: replayed from a CUDA graph, they show the time of the device alone. Then the whole block, forward
+# and backward, at home and through an exchange over a group of one rank: every token is gathered, sent by the rank
+# to itself, brought back and added up.
 
 # %%
 file = home and home / "docs" / "benchmarks" / "dispatch-h100.json"
