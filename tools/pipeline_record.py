@@ -96,8 +96,8 @@ def main():
     }
     arguments.json.write_text(json.dumps(result) + "\n")
     recorded = [spans_of(schedule, step) for step in rounded]
-    predicted = simulate(schedule, fit_costs(schedule, recorded[1])).time
-    for number, step in enumerate(recorded[2:], 2):
+    predicted = simulate(schedule, fit_costs(schedule, recorded[2])).time  # two steps to warm up
+    for number, step in enumerate(recorded[3:], 3):
         measured = timeline_of(schedule, step).time
         print(f"step {number}: {measured:.3f} s, predicted {predicted:.3f} s ({predicted / measured - 1:+.1%})")
 
