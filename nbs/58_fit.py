@@ -128,10 +128,10 @@ fig = draw_timelines([predicted, timeline_of(schedule, steps[3])], ["simulated",
 fig
 
 # %% [markdown]
-# Both are of one run: above, what the costs of its third step predict; below, its fourth step. Up to the last tenths of
-# a second the gaps are at the same places. There the whole backwards took less than in the step that the costs are from,
-# and ranks waited longer for each other. The shortest passes are those of stage 0, with one layer and the embedding;
-# stages 1 to 6 have two layers.
+# Both are of one run: above, what the costs of its third step predict; below, its fourth step. Up to the last tenths
+# of a second the gaps are at the same places. There the whole backwards took less than in the step that the costs are
+# from, and ranks waited longer for each other. The shortest passes are those of stage 0, with one layer and the
+# embedding; stages 1 to 6 have two layers.
 #
 # On a CPU nothing travels under compute, and yet an overlapped pair took less than a forward and a backward alone. The
 # fit can only call that `hidden`. A likely reason, which was not looked into: what runs alone runs first and last in a
