@@ -105,7 +105,8 @@ def digest_of(path: Path, known: dict[str, Path]) -> str:
     else:
         used = dependencies(text, known)
     used |= set((ROOT / "docs/benchmarks").glob("*")) if "benchmarks" in text else set()
-    used |= {ROOT / "constraints.txt", ROOT / "tools/docs_figures.py", *(ROOT / "configs").glob("*.toml")}
+    used |= set((ROOT / "configs").glob("*.toml")) if "configs" in text else set()
+    used |= {ROOT / "constraints.txt", ROOT / "tools/docs_figures.py"}
     content = "".join(f"{file.relative_to(ROOT)}\n{read(file)}" for file in sorted(used))
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -326,7 +327,8 @@ class Layout:
 
     def __init__(self, pages: dict[str, Path], ready: dict[str, nbformat.NotebookNode]):
         self.pages, self.twins, self.titles = pages, dict[str, str](), dict[str, str]()
-        self.written: set[Path] = set()
+        self.written = set[Path]()
+        before = {path for path in SOURCE.rglob("*") if path.suffix in (".md", ".ipynb")}
         self.notebooks = {name: ready[name] for name, path in pages.items() if path.suffix == ".py"}
         self.module = {name: module_of(notebook, pages[name]) for name, notebook in self.notebooks.items()}
         self.home = {module: name for name, module in self.module.items() if module}
@@ -336,8 +338,10 @@ class Layout:
             self.put(f"{name}.md", text)
             self.twins[f"{name}.md"] = text
             self.titles[name] = re.search(r"^# (.+)$", text, re.M)[1]
-        for old in {path for path in SOURCE.rglob("*") if path.is_file()} - self.written:
+        for old in before - self.written:
             old.unlink()
+        if before != self.written:  # Sphinx would keep what links to pages that came or went
+            shutil.rmtree(ROOT / "docs/_build/doctrees", ignore_errors=True)
 
     def put(self, name: str, text: str) -> None:
         write(SOURCE / name, text)

@@ -128,6 +128,7 @@ def test_the_site_is_built():
 def test_a_page_loads_cleanly_and_can_be_used_by_all(desk: Watched, page: str):
     desk.open(page)
     assert not desk.wrong
+    assert desk.tab.locator("mjx-merror").count() == 0, "a formula cannot be drawn"
     assert not desk.violations()
 
 
@@ -209,7 +210,6 @@ def test_code_is_copied(desk: Watched):
 def test_mathematics_is_drawn(desk: Watched):
     desk.open("nbs/20_router.html")
     assert desk.tab.locator("mjx-container").count() > 5
-    assert desk.tab.locator("mjx-merror").count() == 0
 
 
 def test_the_pages_lead_on(desk: Watched):
