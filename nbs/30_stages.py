@@ -74,8 +74,9 @@ class Layer(Protocol):
 #
 # Stages 2 and 4 are one object, the *exchange*: it knows which experts live here and how tokens travel. On
 # a rank alone all of them do, and nothing travels. Before tokens can leave, the ranks must know how many will arrive;
-# that is told in `announce`, apart, so that a driver can do something else before it waits for the answer. `Arrived` is what stage 3 gets: tokens, the experts they
-# visit here, numbered from 0 (-1: an expert that lives elsewhere), and the weights of those visits.
+# that is told in `announce`, apart, so that a driver can do something else before it waits for the answer. `Arrived`
+# is what stage 3 gets: tokens, the experts they visit here, numbered from 0 (-1: an expert that lives elsewhere), and
+# the weights of those visits.
 
 
 # %%
