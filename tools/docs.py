@@ -108,6 +108,7 @@ def digest_of(path: Path, known: dict[str, Path]) -> str:
     used |= set((ROOT / "configs").glob("*.toml")) if "configs" in text else set()
     used |= {ROOT / "constraints.txt", ROOT / "tools/docs_figures.py"}
     content = "".join(f"{file.relative_to(ROOT)}\n{read(file)}" for file in sorted(used))
+    content = re.sub(r"^# %%.*\n", "", content, flags=re.M)  # marks of cells, which say nothing to Python
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -407,7 +408,7 @@ class Layout:
 
     def gives(self, name: str) -> list[str]:
         module = modules(ROOT).get(self.module[name])
-        return list(definitions(module)) if module else []
+        return [given for given in definitions(module) if not given.isupper()] if module else []
 
 
 # Building ------------------------------------------------------------------------------------------------------
