@@ -15,7 +15,7 @@ from torch import Tensor
 from pithtrain.layers.balance import expert_load, switch_loss
 from pithtrain.models.stages import AtHome, Place
 from pithtrain.parallel.expert import ExpertExchange
-from pithtrain.parallel.pipeline.engine import BackwardPass, ForwardPass, in_turn
+from pithtrain.parallel.pipeline.engine import BackwardPass, ForwardPass, ModuleStage, in_turn
 from pithtrain.parallel.pipeline.overlap import PartStage, overlapped
 from pithtrain.parallel.pipeline.pieces import Tape
 from pithtrain.train.step import Attach
@@ -183,6 +183,23 @@ def test_what_a_backward_has_used_is_free(group_of_one):
         assert [tape() for tape in tapes] == [None, None]
     finally:
         gc.enable()
+
+
+def test_pieces_keep_no_more_than_one_graph():
+    """Bytes that operations keep for their backward, behind a forward of the same part."""
+    kept = []
+    part = random_model(FAMILIES["qwen3-moe"], Place(last=False))
+    for stage in (PartStage(part, close), ModuleStage(lambda x, b: close(*part(b.inputs, b.positions), b))):
+        saved = {}
+
+        def keep(tensor, saved=saved):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            _, _tape = stage.forward(None, batch(0))
+        kept.append(sum(storage.nbytes() for storage in saved.values()))
+    assert kept[0] == kept[1] > 0
 
 
 @pytest.mark.gpu
