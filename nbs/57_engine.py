@@ -519,4 +519,4 @@ for kind in KINDS:
 dist.destroy_process_group()
 
 # %% [markdown]
-# **Next:** does a real step take as long as the simulator says? In [58_fit](58_fit.py).
+# **Next:** what takes the place of `in_turn` for a real model, in [57a_overlap](57a_overlap.py).
