@@ -150,9 +150,8 @@ def run(page: Path, notebook: nbformat.NotebookNode) -> tuple[nbformat.NotebookN
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # when it ran: would make each build differ from the last
         for output in cell.get("outputs", []):
-            if output.output_type == "stream":  # of a line written over and over, as progress is, the last state
-                text = re.sub(r"[^\n]*\r(?=[^\n])", "", output.text.replace(folder, "~/pithtrain"))
-                output.text = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", text)
+            if output.output_type == "stream":
+                output.text = output.text.replace(folder, "~/pithtrain").replace(str(ROOT), "~/pithtrain")
     return notebook, time.perf_counter() - begin, error
 
 
@@ -214,7 +213,8 @@ def title_of(notebook: nbformat.NotebookNode) -> str:
 
 def sentence_of(notebook: nbformat.NotebookNode) -> str:
     """The notebook in one sentence: the quotation under its title."""
-    match = re.search(r"^> (.+(?:\n> .+)*)", notebook.cells[0].source, re.M)
+    first = next(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    match = re.search(r"^> (.+(?:\n> .+)*)", first, re.M)
     return re.sub(r"\n> ", " ", match[1]) if match else ""
 
 
@@ -274,7 +274,9 @@ def as_page(notebook: nbformat.NotebookNode, page: Path) -> nbformat.NotebookNod
 def commands(cell: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """A cell of shell commands as prose: what was typed, and what was printed."""
     parts = [fenced(cell.source.removeprefix("%%bash\n"), "bash")]
-    if said := "".join(output.text for output in cell.outputs):
+    said = "".join(output.get("text", "") for output in cell.outputs)
+    said = re.sub(r"[^\n]*\r(?=[^\n])", "", said)  # of a line written over and over, as progress is, the last state
+    if said := re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", said):
         parts.append(fenced(said, "text"))
     return nbformat.v4.new_markdown_cell("\n\n".join(parts), id=cell.id)
 
@@ -303,7 +305,7 @@ def as_markdown(notebook: nbformat.NotebookNode, name: str) -> str:
     up, parts = "../" * name.count("/"), []
     for cell in notebook.cells:
         if cell.cell_type != "code":
-            parts.append(re.sub(r"\]\(([\w./-]+)\.ipynb(#[\w-]+)?\)", r"](\1.md\2)", cell.source))
+            parts.append(plain_markdown(cell.source))
             continue
         parts.append(fenced(cell.source, "python"))
         for output in cell.outputs:
@@ -314,6 +316,14 @@ def as_markdown(notebook: nbformat.NotebookNode, name: str) -> str:
             elif text := output.get("text") or data.get("text/markdown") or data.get("text/plain"):
                 parts.append(fenced(text, "text"))
     return "\n\n".join(parts) + "\n"
+
+
+def plain_markdown(text: str) -> str:
+    """Without what only Sphinx understands."""
+    text = re.sub(r"^```\{toctree\}\n(?:.*\n)*?```(?:\n|$)", "", text, flags=re.M)
+    text = re.sub(r"\{py:obj\}`(\w+) <[\w.]+>`", r"`\1`", text)
+    text = re.sub(r"^\[(.*)\]\{\.facts\}$", r"\1", text, flags=re.M)
+    return re.sub(r"\]\(([\w./-]+)\.ipynb(#[\w-]+)?\)", r"](\1.md\2)", text)
 
 
 def write(path: Path, text: str) -> None:
@@ -352,7 +362,7 @@ class Layout:
         if ready is None:
             text = with_links(self.filled(read(path), name), path)
             self.put(f"{name}.md", text)
-            self.twins[f"{name}.md"] = re.sub(r"^```\{toctree\}\n(?:.*\n)*?```\n", "", text, flags=re.M)
+            self.twins[f"{name}.md"] = plain_markdown(text)
             plain = read_page(path)
             self.titles[name] = title_of(plain)
             self.twins[f"{name}.ipynb"] = nbformat.writes(as_download(plain, path))
@@ -392,7 +402,7 @@ class Layout:
                 links = (f"[{title_of(self.notebooks[other]).split(':')[0]}]({up}{other}.ipynb)" for other in needs)
                 facts.append(f"needs {', '.join(links)}")
             if gives := self.gives(name):
-                facts.append(f"gives {', '.join(f'`{given}`' for given in gives)}")
+                facts.append("gives " + ", ".join(f"{{py:obj}}`{given} <{full}>`" for given, full in gives.items()))
             lines += [f"[{' · '.join(facts)}]{{.facts}}", ""]
         entries = "\n".join(f"/{name}" for name in names)
         return "\n".join([*lines, "```{toctree}", ":hidden:", "", entries, "```"])
@@ -406,9 +416,11 @@ class Layout:
                 wanted |= {self.home[full]} if full in self.home else set()
         return sorted(wanted - {name, "nbs/00_pithtrain"})
 
-    def gives(self, name: str) -> list[str]:
-        module = modules(ROOT).get(self.module[name])
-        return [given for given in definitions(module) if not given.isupper()] if module else []
+    def gives(self, notebook: str) -> dict[str, str]:
+        """The functions and classes that a notebook exports, with their full names."""
+        module = self.module[notebook]
+        found = definitions(modules(ROOT)[module]) if module in modules(ROOT) else ()
+        return {name: f"{module}.{name}" for name in found if not name.isupper()}
 
 
 # Building ------------------------------------------------------------------------------------------------------
