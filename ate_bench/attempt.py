@@ -243,7 +243,7 @@ def capture(plan: Plan, workspace: Workspace, record: Path, ran: Ran | None) -> 
         "artefacts_left_out": left,
     }
 
-# %% run_attempt@355ca19d
+# %% run_attempt@253f579f
 def run_attempt(plan: Plan, results: Path) -> Path:
     """Make one attempt; return its folder below `results`. What goes wrong on the way is in its record."""
     record = claim(results / plan.folder)
@@ -271,8 +271,9 @@ def run_attempt(plan: Plan, results: Path) -> Path:
     workspace, ran = None, None
     try:
         workspace, facts["version"] = make_workspace(plan.framework)
-        prepare = plan.task.folder / "prepare" / f"{plan.framework.name}.sh"
-        if prepare.exists():
+        folders = (plan.task.folder, plan.task.folder.parent)
+        scripts = [folder / "prepare" / f"{plan.framework.name}.sh" for folder in folders]
+        if prepare := next(filter(Path.exists, scripts), None):
             command, log, readable = ["bash", str(prepare)], record / "prepare.jsonl", frozenset({prepare.parent})
             done = run_program(command, plan, workspace, log, 60, network=True, readable=readable)
             if done.code != 0:

@@ -14,6 +14,7 @@
 #                    prepare/FRAMEWORK.sh  run in the workspace first (where there is one)
 #                    ...                 checkers that rules.toml names; the agent never sees this folder
 #         SUITE/suite.md, cpu.md, gpu.md   what it is told besides, in every task of the suite
+#         SUITE/prepare/FRAMEWORK.sh     run first in tasks that have none of their own
 #         common/                        checkers that several tasks share
 #   frameworks/FRAMEWORK.toml
 #   agents/AGENT.toml

@@ -27,7 +27,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from ate_bench.task import Framework
+from ate_bench.task import PACKAGE, Framework
 from pithtrain.config import UserError
 
 # %%
@@ -224,7 +224,12 @@ def confine(command: list[str], workspace: Workspace, readable: set[Path], writa
         wrap += ["--dev-bind", str(device), str(device)]
     wrap += ["--ro-bind", "/usr", "/usr", "--ro-bind", "/etc", "/etc", "--ro-bind", "/sys", "/sys", "--tmpfs", "/tmp"]
     names = Path("/etc/resolv.conf").resolve().parent  # elsewhere, on some systems
-    for path in sorted(readable | ({names} if network and names.is_dir() else set())):
+    shown, tasks = readable | ({names} if network and names.is_dir() else set()), PACKAGE / "tasks"
+    for path in sorted(path for path in shown if not path.is_relative_to(tasks)):
+        wrap += ["--ro-bind", str(path), str(path)]
+    if any(tasks.is_relative_to(path) for path in shown):  # installed in the environment: the answers are not shown
+        wrap += ["--tmpfs", str(tasks)]
+    for path in sorted(path for path in shown if path.is_relative_to(tasks)):
         wrap += ["--ro-bind", str(path), str(path)]
     wrap += ["--bind", str(workspace.work), str(workspace.work)]
     if not writable:

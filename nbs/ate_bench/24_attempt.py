@@ -388,8 +388,9 @@ def run_attempt(plan: Plan, results: Path) -> Path:
     workspace, ran = None, None
     try:
         workspace, facts["version"] = make_workspace(plan.framework)
-        prepare = plan.task.folder / "prepare" / f"{plan.framework.name}.sh"
-        if prepare.exists():
+        folders = (plan.task.folder, plan.task.folder.parent)
+        scripts = [folder / "prepare" / f"{plan.framework.name}.sh" for folder in folders]
+        if prepare := next(filter(Path.exists, scripts), None):
             command, log, readable = ["bash", str(prepare)], record / "prepare.jsonl", frozenset({prepare.parent})
             done = run_program(command, plan, workspace, log, 60, network=True, readable=readable)
             if done.code != 0:

@@ -136,6 +136,38 @@ def test_a_confined_agent_writes_and_reads_nothing_outside(toy: Framework, tmp_p
 
 
 @needs_bwrap
+def test_an_agent_cannot_read_the_answers_but_a_check_can(toy: Framework, tmp_path: Path, task, monkeypatch):
+    """Neither in the framework's copy nor where the package is installed in the interpreter's environment."""
+    installed = tmp_path / "environment" / "ate_bench"
+    for name in ("common", "qa/thing"):
+        (installed / "tasks" / name).mkdir(parents=True)
+    for part in ("workspace", "attempt"):
+        monkeypatch.setattr(f"ate_bench.{part}.PACKAGE", installed)
+    monkeypatch.setattr(sys, "base_prefix", str(tmp_path / "environment"))  # shown to whatever runs
+    own = installed / "tasks" / "qa" / "thing"
+    (own / "instruction.md").write_text("Look.")
+    (own / "check.sh").write_text(f"cat {own}/key; ls {installed}/tasks/common {installed}/tasks/qa\n")
+    (own / "key").write_text("PASS 42\n")
+    (own / "rules.toml").write_text(
+        'title = "T"\n[[rule]]\nid = "check"\nkind = "command"\ncommand = ["bash", "{task}/check.sh"]\n'
+    )
+    look = f"cat {own}/key > $ATE_OUT/seen; ls {installed} {installed}/tasks > $ATE_OUT/listed"
+    folder, facts = attempt(Plan(toy, load_task(str(own)), shell(ECHO + look + "; true"), sandbox=True), tmp_path)
+    assert (folder / "out" / "seen").read_text() == ""
+    listed = (folder / "out" / "listed").read_text()
+    assert "tasks" in listed and "qa" not in listed
+    said = (folder / "check-check.jsonl").read_text()
+    assert "PASS 42" in said and facts["rules"][0]["reason"] == "the check left with 0: thing"
+
+
+def test_a_suite_prepares_where_a_task_does_not(toy: Framework, tmp_path: Path, task):
+    (task.folder.parent / "prepare").mkdir()
+    (task.folder.parent / "prepare" / "toy.sh").write_text("echo not installed: spam; exit 1\n")
+    _, facts = attempt(Plan(toy, task, shell(ECHO), sandbox=BWRAP), tmp_path)
+    assert facts["status"] == "died" and "not installed: spam" in facts["error"]
+
+
+@needs_bwrap
 def test_a_read_only_suite_cannot_edit_and_a_check_has_no_network(toy: Framework, tmp_path: Path, task):
     script = "touch edited || echo no > $ATE_OUT/refused; touch $ATE_OUT/answer"
     folder, facts = attempt(Plan(toy, replace(task, read_only=True), shell(ECHO + script)), tmp_path)
