@@ -24,7 +24,6 @@ nb_merge_streams, nb_render_markdown_format = True, "myst"
 # A notebook may go from a title to its third level; a bare name in a signature may be one of two modules'.
 suppress_warnings = ["myst.header", "ref.python"]
 python_use_unqualified_type_names = True
-python_maximum_signature_line_length = 90
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 
@@ -33,6 +32,7 @@ html_static_path, templates_path = [str(ROOT / "docs/_static")], [str(ROOT / "do
 html_favicon = str(ROOT / "docs/_static/icon.svg")
 html_css_files = ["site.css"]
 html_js_files = ["site.js"]
+html_search_scorer = str(ROOT / "docs/search_scorer.js")
 html_copy_source = html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": False, "top_of_page_buttons": []}
 pygments_style, pygments_dark_style = "a11y-high-contrast-light", "a11y-high-contrast-dark"
