@@ -11,9 +11,9 @@
 #
 # Write `my_plan(ids, experts_per_rank, ranks)` for `ids` (T, K). Return
 #
-# - `rows`: a tensor of token numbers, one for each row that is sent, ordered by destination rank and then by
+# - `rows`, a tensor of token numbers, one for each row that is sent, ordered by destination rank and then by
 #   token;
-# - `counts`: a list, how many of them go to each rank.
+# - `counts`, a list, how many of them go to each rank.
 #
 # Tokens for one's own rank count as well: an all-to-all delivers those at home. Helpful: a (ranks, T) table of
 # booleans, and what `nonzero` does with its rows.
