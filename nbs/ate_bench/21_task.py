@@ -167,6 +167,16 @@ task = load_task("qa/rotary_positions")
 print(f"{task.suite}: {task.title}", *(f"  {rule.kind:9} {rule.id}" for rule in task.rules), sep="\n")
 
 # %% [markdown]
+# The tasks that come with the package: twelve questions, four things to do with a framework, four to add to it. What
+# programs decide stands beside what is left to a judge.
+
+# %%
+for path in sorted((PACKAGE / "tasks").glob("*/*/rules.toml")):
+    task = load_task(str(path.parent))
+    judged = sum(rule.kind == "judge" for rule in task.rules)
+    print(f"{task.suite:8} {task.title:52} {len(task.rules) - judged} by program, {judged} by judge")
+
+# %% [markdown]
 # ## Frameworks
 #
 # One of `checkout` (a git repository; at `commit`, or the working tree with what is not ignored) and `pip` (a
