@@ -22,7 +22,7 @@ KEY = "sk-scripted-0123456789"
 
 pytestmark = [
     pytest.mark.skipif(MINI is None, reason="mini-swe-agent is not installed; run make agent"),
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(400),
 ]
 
 
