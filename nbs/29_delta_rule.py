@@ -68,7 +68,7 @@ for ax, rule, decay in zip(axes, ("sum", "delta rule", "gated delta rule, a = 0.
         else:
             read = delta_rule_reference(key.expand(16, 2), k, v, torch.full((16,), decay), b, torch.zeros(1, 2))[0]
         ax.step(range(16), read.flatten(), where="mid", color=colour, label=f"reading {name}")
-    ax.set(title=rule, xlabel="token")
+    ax.set(title=rule, xlabel="token", xticks=range(0, 16, 5))
 axes[0].set_ylabel("value read")
 axes[0].legend()
 fig.tight_layout()
@@ -79,6 +79,24 @@ fig
 # value, because the write first took away what was there. The price is a little of $B$, whose key overlaps
 # with $A$'s. With a decay, old values fade until they are written again.
 #
+# The memory itself, a matrix of values by keys, as it is after four writes of random values. The keys are the axes
+# here, so each has a column. Left to right: two values; the first key's replaced; and all the while what is not
+# written again fades, by $a = 0.8$.
+
+# %%
+slots, values = torch.tensor([2, 5, 2, 6]), torch.randn(4, 8)
+fig, axes = plt.subplots(1, 4, figsize=(10, 2.6), sharey=True)
+for t, ax in enumerate(axes):
+    keys, fading, strength = torch.eye(8)[slots[: t + 1]], torch.full((t + 1,), 0.8), torch.ones(t + 1)
+    memory = delta_rule_reference(keys, keys, values[: t + 1], fading, strength, torch.zeros(8, 8))[1]
+    ax.imshow(memory, cmap="RdBu", vmin=-2, vmax=2)
+    ax.set(title=f"write {t + 1}, to key {slots[t]}", xlabel="key feature", xticks=range(0, 8, 2))
+assert torch.allclose(memory[:, 2], 0.8 * values[2]) and torch.allclose(memory[:, 5], 0.8**2 * values[1])
+axes[0].set_ylabel("value feature")
+fig.tight_layout()
+fig
+
+# %% [markdown]
 # ## In chunks
 #
 # A loop over tokens is slow on every machine: it does rank-one work. Take $C$ tokens together. Let $S_0$ be

@@ -42,7 +42,7 @@ fig, axes = plt.subplots(1, 3, figsize=(9, 2.4), sharey=True)
 for ax, (temperature, top_k) in zip(axes, ((1.0, 0), (0.5, 0), (1.0, 3)), strict=True):
     generator = torch.Generator().manual_seed(0)
     drawn = [pick(scores, temperature, top_k, generator) for _ in range(1000)]
-    ax.hist(drawn, bins=range(9), density=True, rwidth=0.8)
+    ax.bar(range(8), torch.tensor(drawn).bincount(minlength=8) / 1000)
     ax.set(title=f"temperature {temperature:g}, top_k {top_k or 'all'}", xlabel="token")
 axes[0].set_ylabel("share of 1000 draws")
 fig

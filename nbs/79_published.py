@@ -437,7 +437,7 @@ def settings_from(table: dict[str, Any]) -> tuple[Published, dict[str, Any]]:
 
     Raises UserError that names every key which is missing or says what the family here cannot.
     """
-    table = table.get("text_config", table)
+    whole, table = table, table.get("text_config", table)
     found = next((p for p in PUBLISHED if p.model_type == table.get("model_type")), None)
     if found is None:
         known = ", ".join(p.model_type for p in PUBLISHED)
@@ -450,6 +450,8 @@ def settings_from(table: dict[str, Any]) -> tuple[Published, dict[str, Any]]:
         for key, value in found.fixed.items()
         if table.get(key) not in (None, value)
     ]
+    if (method := (whole.get("quantization_config") or {}).get("quant_method", "mxfp4")) != "mxfp4":
+        problems += [f"quantization_config: {method!r} weights are not read, only 'mxfp4'; convert them to bf16 first"]
     if problems:
         raise UserError("; ".join(problems))
     kinds = {spec.name: spec.type for spec in fields(found.config)}

@@ -528,60 +528,39 @@ assert not (here / "third").exists()
 # %% [markdown]
 # ## Memory
 #
-# How much memory a transfer needs, against the size of the model: the peak of this process's resident memory above
-# what it was before. (Linux keeps that figure, and starts it anew where asked.)
-
-# %%
-import ctypes
-import gc
-
-
-def peak(transfer, *arguments):
-    """MiB that a transfer needs at its peak."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    transfer(*arguments, report=str)
-    kib = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return (int(kib["VmHWM"].split()[0]) - before) / 1024
-
-
-def resident():
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system, or the next peak would not show
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
-
-
-peaks, sizes = {"in": [], "out": []}, []
-for layers in (1, 2, 4) if Path("/proc/self/clear_refs").exists() else ():
-    shape = DeepseekConfig(layers=layers, dense_layers=0, hidden=256, experts=40, vocab_size=1000, expert_hidden=512)
-    run = here / f"size{layers}"
-    run.mkdir()
-    (run / "config.toml").write_text(to_toml(Config(run=RunConfig(name=run.name), model=shape)))
-    state = {f"model.{name}": torch.zeros_like(tensor) for name, tensor in build(shape).state_dict().items()}
-    save_checkpoint(run / "checkpoints", 1, state, keep=1)
-    sizes.append(sum(tensor.nbytes for tensor in state.values()) / 2**20)
-    largest = max(tensor.nbytes for tensor in state.values()) / 2**20
-    del state
-    before = resident()
-    peaks["out"].append(peak(export_model, run, here / f"published{layers}"))
-    before = resident()
-    peaks["in"].append(peak(import_model, here / f"published{layers}", here / f"back{layers}"))
-    print(f"{sizes[-1]:6.0f} MiB of weights: " + ", ".join(f"{way} {peaks[way][-1]:.0f} MiB" for way in peaks))
+# How much memory a transfer needs, against the size of the model: the peak of a process's resident memory, mapped files
+# included, above what it had before. Models of random weights, with a published tensor for each expert (Qwen3-MoE), or
+# with experts stacked and in another order (GPT-OSS). Measured by
+#
+# ```
+# .venv/bin/python tools/hub_memory.py --gib 0.5 1 2 4 --json docs/benchmarks/hub-memory.json
+# ```
 
 # %%
 import matplotlib.pyplot as plt
 
-fig, ax = plt.subplots(figsize=(6, 3))
-for way, label in (("in", "import"), ("out", "export")):
-    ax.plot(sizes, peaks[way], "o-", label=label)
-ax.plot(sizes, sizes, color="0.7", label="the whole model")
-if sizes:
-    ax.axhline(2 * largest, color="0.4", ls=":", label="two of the largest tensors")
-ax.set(title="Memory that a transfer needs", xlabel="size of the model, MiB", ylabel="peak, MiB", ylim=(0, None))
-ax.legend(fontsize=8)
+import pithtrain
+
+root = Path(pithtrain.__file__).parent.parent
+measured = json.loads((root / "docs" / "benchmarks" / "hub-memory.json").read_text())
+print(f"{measured['device']}, {measured['cores']} cores, torch {measured['torch']}, {measured['date']}")
+fig, ax = plt.subplots(figsize=(7, 3.2))
+for colour, family in enumerate(("qwen3-moe", "gpt-oss")):
+    models = [model for model in measured["models"] if model["family"] == family]
+    sizes = [model["checkpoint_bytes"] / 2**30 for model in models]
+    for way, style in (("import", "o-"), ("export", "s--")):
+        peaks = [model[f"{way}_peak_bytes"] / 2**30 for model in models]
+        ax.plot(sizes, peaks, style, color=f"C{colour}", label=f"{way}, {family}")
+        print(f"{family:10}{way:7}{sizes[-1]:5.1f} GiB of bf16: peak {peaks[-1]:.2f} GiB")
+ax.plot([0, sizes[-1]], [0, sizes[-1]], color="0.7", label="the whole checkpoint")
+two = 2 * models[-1]["largest_tensor_bytes"] / 2**30
+ax.axhline(two, color="0.4", ls=":", label="two of the largest tensors in fp32")
+ax.set(title="Memory that a transfer needs", xlabel="checkpoint in bf16, GiB", ylabel="peak, GiB", ylim=(0, 4 * two))
+ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 fig
 
 # %% [markdown]
-# The peak does not grow with the model.
+# The peak does not grow with the model: what is held is the tensor that is read and its copy in the form that is
+# written. tests/test_hub.py asks the same of a small model.
 #
 # Next: what an imported or trained model is worth: [evaluation](81_evaluate.py).

@@ -339,8 +339,9 @@ for ax, (name, one) in zip(axes, (("untrained", untrained), ("trained", run)), s
     logs = torch.tensor([found.log for found in likelihoods(one.model, pairs, 32)]).view(3, 3)
     per_byte = logs / torch.tensor([len(choice.encode()) for choice in questions[0].choices])
     image = ax.imshow(per_byte, cmap="viridis")
-    ax.set(title=f"{name}, nats per byte", ylabel="question")
+    ax.set(title=f"{name}, nats per byte")
     ax.set_xticks(range(3), questions[0].choices)
+    ax.set_yticks(range(3), [f"... {question.context.split()[-1]}" for question in questions])
     fig.colorbar(image, ax=ax)
 fig.tight_layout()
 fig

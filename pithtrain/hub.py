@@ -312,7 +312,7 @@ def write_settings(run: Path, folder: Path, config: Config, dtype: str) -> None:
         if (run / "published" / name).is_file():
             shutil.copyfile(run / "published" / name, folder / name)
 
-# %% export_model@43c6dfb1
+# %% export_model@ef9d79a0
 def export_model(
     run: Path, folder: Path, dtype: str = "", shard_bytes: int = 5 * 10**9, report: Callable[[str], None] = print
 ) -> None:
@@ -354,7 +354,7 @@ def export_model(
         for name in (name for name, parts in whole.items() if parts):
             tensor = read(name)
             yield from (part.elements for part in views(config.model, name, tensor, {}))
-            tensor.untyped_storage().resize_(0)  # before the next is read, whoever still holds it
+            del tensor  # before the next is read
 
     tensors = parts()
     with whole_or_not(folder) as partial:

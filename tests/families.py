@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pithtrain.config import Config, RunConfig, to_toml
 from pithtrain.models.build import build
 from pithtrain.models.decoder import initialise
 from pithtrain.models.stages import Place
+from pithtrain.train.checkpoint import save_checkpoint
 
 
 def error(a, b):
@@ -35,6 +37,15 @@ def random_model(config, place=Place(), biases=0.3):
             if parameter.dim() == 1 or name.endswith(("bias", "convolution")):
                 generator = torch.Generator().manual_seed(sum(map(ord, name)))
                 parameter += biases * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def make_run(config, run, step=3, model=None):
+    """A run folder as the trainer leaves it, with random weights."""
+    model = model or random_model(config, biases=0.1)
+    run.mkdir(parents=True)
+    (run / "config.toml").write_text(to_toml(Config(run=RunConfig(name=run.name), model=config)))
+    save_checkpoint(run / "checkpoints", step, {f"model.{n}": t for n, t in model.state_dict().items()}, keep=1)
     return model
 
 
@@ -93,21 +104,22 @@ def decodes_as_it_reads(config, limit=1e-5, prompt=5, steps=12):
     return caches
 
 
-def packed_is_apart(config, limit=1e-5):
+def packed_is_apart(config, limit=1e-5, stretch=1):
     """Two rows of several documents: hidden states, experts, and the gradient of the sum."""
-    model, (ids, targets) = random_model(config), text(config, 2, 20)
-    cuts = [0, 7, 8, 20, 33, 40]
+    row = 20 * stretch
+    model, (ids, targets) = random_model(config), text(config, 2, row)
+    cuts = [stretch * cut for cut in (0, 7, 8, 20, 33, 40)]
     lengths = [end - start for start, end in zip(cuts, cuts[1:], strict=False)]  # noqa: RUF007
-    positions = torch.cat([torch.arange(n) for n in lengths]).view(2, 20)
+    positions = torch.cat([torch.arange(n) for n in lengths]).view(2, row)
     documents = torch.tensor(cuts, dtype=torch.int32)
     packed, routing = model(ids, positions, documents)
-    pieces = list(zip(ids.view(1, 40).split(lengths, 1), targets.view(1, 40).split(lengths, 1), strict=True))
+    pieces = list(zip(ids.view(1, -1).split(lengths, 1), targets.view(1, -1).split(lengths, 1), strict=True))
     rows = [model(row, torch.arange(row.shape[1])) for row, _ in pieces]
-    assert error(packed.view(1, 40, -1), torch.cat([hidden for hidden, _ in rows], dim=1)) < limit
+    assert error(packed.view(1, 2 * row, -1), torch.cat([hidden for hidden, _ in rows], dim=1)) < limit
     for number, routed in enumerate(routing):
         if routed is not None:
             assert torch.equal(routed.expert_ids, torch.cat([r[number].expert_ids for _, r in rows]))
-    assert error(packed, model(ids, torch.arange(20))[0]) > 1e-2
+    assert error(packed, model(ids, torch.arange(row))[0]) > 1e-2
 
     parameters = list(model.parameters())
     together = torch.autograd.grad(model(ids, positions, documents, targets)[0], parameters)

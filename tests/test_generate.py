@@ -1,6 +1,7 @@
 """Decoding with caches against reading everything again, for every family, within a context and beyond it."""
 
-from itertools import islice
+from dataclasses import replace
+from itertools import islice, takewhile
 
 import families
 import pytest
@@ -11,8 +12,9 @@ import test_qwen3_moe
 import torch
 from tokenizers import processors
 
+from pithtrain.cli import main
 from pithtrain.train.generate import decode, generate, opening, pick
-from pithtrain.train.tokenizer import END_OF_TEXT, end_of_text, load_tokenizer, train_tokenizer
+from pithtrain.train.tokenizer import END_OF_TEXT, end_of_text, load_tokenizer, save_tokenizer, train_tokenizer
 
 FAMILIES = {
     "qwen3-moe": test_qwen3_moe.SHAPES["untied"][0],
@@ -52,6 +54,22 @@ def test_decoding_is_full_recomputation_token_for_token(name, prompt, context):
     assert found == list(islice(recompute(model, tokens, context, greedy), 25))
     assert len(set(found)) > 2, "a model that repeats itself shows nothing"
     assert max(families.error(a, b) for a, b in zip(cached, seen, strict=True)) < 2e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_command_writes_what_full_recomputation_gives_made_here_or_imported(name, tmp_path, capsys):
+    tokenizer = train_tokenizer(["def run(): return 1\n"] * 50, vocab_size=270)
+    model = families.make_run(replace(FAMILIES[name], vocab_size=270), tmp_path / "run")
+    save_tokenizer(tokenizer, tmp_path / "run/tokenizer.json")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert main(["import", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
+    prompt = tokenizer.encode("def run").ids
+    written = islice(recompute(model, [end_of_text(tokenizer), *prompt], 256, lambda s: int(s.argmax())), 30)
+    expected = tokenizer.decode([*prompt, *takewhile(lambda token: token != end_of_text(tokenizer), written)])
+    for run in ("run", "back"):
+        capsys.readouterr()
+        command = ["generate", str(tmp_path / run), "--prompt", "def run", "--tokens", "30", "--temperature", "0"]
+        assert main(command) == 0 and capsys.readouterr().out == expected + "\n"
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -194,6 +194,10 @@ def test_packed_documents_are_the_documents_apart(name):
     families.packed_is_apart(SHAPES[name][0], LIMIT)
 
 
+def test_packed_documents_begin_and_end_in_any_chunk():
+    families.packed_is_apart(BASE, LIMIT, stretch=8)
+
+
 @pytest.mark.parametrize("cut", [1, 3])
 def test_parts_are_the_whole(cut):
     families.parts_are_the_whole(BASE, cut)
