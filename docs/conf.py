@@ -46,7 +46,9 @@ def link_names(app, doctree):
     for literal in list(doctree.findall(nodes.literal)):
         text = literal.astext().removesuffix("()")
         near = literal.parent
-        while near is not None and not isinstance(near, nodes.reference | nodes.title | addnodes.desc_signature):
+        while near is not None and not isinstance(
+            near, nodes.reference | nodes.title | addnodes.desc_signature | addnodes.pending_xref
+        ):
             near = near.parent
         full = names.get(f"{own}.{text}") or (names.get(text) if clear(literal.astext()) else None)
         if near is not None or full is None or full == own:
