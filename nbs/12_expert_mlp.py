@@ -158,17 +158,38 @@ fig
 # rows and the matching up rows as one block of `BN`, so a single product of full width serves both, and the
 # accumulator is cut in two at the end. A descriptor fills with zeros what lies outside the tensor, which takes
 # care of sizes that no block divides.
+#
+# What follows the product is one function of a gate and an up, and has another form in
+# [GPT-OSS](22a_clamped_experts.py): both are clamped, and a bias comes before. Which of the two it is is known when the
+# kernel is compiled, so neither pays for the other.
+
+
+# %%
+#| export
+@triton.jit
+def swiglu(gate, up, CLAMPED: tl.constexpr):
+    """silu(gate) * up, or the form of layers.clamped_experts; and its derivatives by gate and by up. In fp32."""
+    if CLAMPED:
+        g = tl.minimum(gate, 7.0)
+        u = tl.minimum(tl.maximum(up, -7.0), 7.0) + 1
+        s = tl.sigmoid(1.702 * g)
+        by_gate = tl.where(gate <= 7.0, u * s * (1 + 1.702 * g * (1 - s)), 0.0)
+        by_up = tl.where(tl.abs(up) <= 7.0, g * s, 0.0)
+        return g * s * u, by_gate, by_up
+    else:
+        s = tl.sigmoid(gate)
+        return gate * s * up, up * s * (1 + gate * (1 - s)), gate * s
 
 
 # %%
 #| export
 @triton.jit
 def up_kernel(
-    token_ptr, pair_ptr, gate_up_desc, hidden_ptr, activated_ptr, tile_expert_ptr, first_tile_ptr, offset_ptr,
+    token_ptr, pair_ptr, gate_up_desc, bias_ptr, hidden_ptr, activated_ptr, tile_expert_ptr, first_tile_ptr, offset_ptr,
     H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr, CLAMPED: tl.constexpr,
 ):  # fmt: skip
-    """hidden (P, 2I) = tokens of each row @ gate_up^T, activated (P, I) = silu(gate) * up."""
+    """hidden (P, 2I) = tokens of each row @ gate_up^T, with the expert's bias if CLAMPED; activated (P, I)."""
     HALF: tl.constexpr = BN // 2
     ACROSS: tl.constexpr = (I + HALF - 1) // HALF
     k = tl.arange(0, BK)
@@ -189,11 +210,13 @@ def up_kernel(
         columns = block * HALF + tl.arange(0, HALF)[None, :]
         mask = (rows < end)[:, None] & (columns < I)
         rows = rows.to(tl.int64)[:, None]
+        if CLAMPED:
+            gate += tl.load(bias_ptr + e * (2 * I) + columns, mask=columns < I, other=0.0)
+            up += tl.load(bias_ptr + e * (2 * I) + columns + I, mask=columns < I, other=0.0)
         gate, up = gate.to(hidden_ptr.dtype.element_ty), up.to(hidden_ptr.dtype.element_ty)
         tl.store(hidden_ptr + rows * (2 * I) + columns, gate, mask=mask)
         tl.store(hidden_ptr + rows * (2 * I) + columns + I, up, mask=mask)
-        gate = gate.to(tl.float32)
-        activated = gate * tl.sigmoid(gate) * up.to(tl.float32)
+        activated, _, _ = swiglu(gate.to(tl.float32), up.to(tl.float32), CLAMPED)
         tl.store(activated_ptr + rows * I + columns, activated.to(activated_ptr.dtype.element_ty), mask=mask)
 
 
@@ -236,16 +259,17 @@ def programs_on(tensor: Tensor) -> int:
 # %%
 #| export
 def up_projection(
-    tokens: Tensor, gate_up: Tensor, order: Sorted, top_k: int, blocks: Blocks | None = None
+    tokens: Tensor, gate_up: Tensor, order: Sorted, top_k: int, bias: Tensor | None = None, blocks: Blocks | None = None
 ) -> tuple[Tensor, Tensor]:
-    """hidden (P, 2I) and activated (P, I) of every sorted row, from tokens (T, H) and gate_up (E, 2I, H)."""
+    """hidden (P, 2I) and activated (P, I) of every sorted row; tokens (T, H), gate_up (E, 2I, H), bias (E, 2I)."""
     E, two_I, H = gate_up.shape
     I, P, b, programs = two_I // 2, len(order.pair), blocks or blocks_for(tokens), programs_on(tokens)
     hidden, activated = tokens.new_empty(P, two_I), tokens.new_empty(P, I)
     weights = TensorDescriptor.from_tensor(gate_up.view(E, 2, I, H), [1, 2, b.columns // 2, b.inner])
     up_kernel[(programs,)](
-        tokens, order.pair, weights, hidden, activated, order.tile_expert, order.first_tile, order.offsets,
-        H, I, E, top_k, b.rows, b.columns, b.inner, programs, num_warps=b.warps, num_stages=b.stages,
+        tokens, order.pair, weights, bias, hidden, activated, order.tile_expert, order.first_tile, order.offsets,
+        H, I, E, top_k, b.rows, b.columns, b.inner, programs, bias is not None,
+        num_warps=b.warps, num_stages=b.stages,
     )  # fmt: skip
     return hidden, activated
 
@@ -396,6 +420,7 @@ def activation_gradient_kernel(
     tile_expert_ptr, first_tile_ptr, offset_ptr, P,
     H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr, PAD: tl.constexpr,
+    CLAMPED: tl.constexpr,
 ):  # fmt: skip
     """d_hidden (P, 2I), scaled = weight * activated (P, I), partial (ACROSS, P) sums of the weights' gradients."""
     ACROSS: tl.constexpr = (I + BN - 1) // BN
@@ -435,22 +460,23 @@ def activation_gradient_kernel(
             at = rows.to(tl.int64)[:, None] * (2 * I) + columns
             gate = tl.load(hidden_ptr + at, mask=mask, other=0.0).to(tl.float32)
             up = tl.load(hidden_ptr + at + I, mask=mask, other=0.0).to(tl.float32)
-            s = tl.sigmoid(gate)
-            d_weight += tl.sum(z * (gate * s * up), 1)
+            activated, by_gate, by_up = swiglu(gate, up, CLAMPED)
+            d_weight += tl.sum(z * activated, 1)
             z *= weight
             dtype = d_hidden_ptr.dtype.element_ty
-            tl.store(d_hidden_ptr + at, (z * up * s * (1 + gate * (1 - s))).to(dtype), mask=mask)
-            tl.store(d_hidden_ptr + at + I, (z * gate * s).to(dtype), mask=mask)
+            tl.store(d_hidden_ptr + at, (z * by_gate).to(dtype), mask=mask)
+            tl.store(d_hidden_ptr + at + I, (z * by_up).to(dtype), mask=mask)
             at = rows.to(tl.int64)[:, None] * I + columns
-            tl.store(scaled_ptr + at, (weight * (gate * s * up)).to(dtype), mask=mask)
+            tl.store(scaled_ptr + at, (weight * activated).to(dtype), mask=mask)
         tl.store(partial_ptr + block.to(tl.int64) * P + rows, d_weight, mask=rows < end)
 
 
 # %%
 #| export
 def activation_gradient(
-    grad: Tensor, down: Tensor, weights: Tensor, hidden: Tensor, order: Sorted, blocks: Blocks | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, down: Tensor, weights: Tensor, hidden: Tensor, order: Sorted, clamped: bool = False,
+    blocks: Blocks | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """d_hidden (P, 2I), weight * activated (P, I) and partial sums (n, P) of d_weights, from grad (T, H)."""
     (E, H, I), P, b, programs = down.shape, len(hidden), blocks or blocks_for(grad), programs_on(grad)
     d_hidden, scaled = torch.empty_like(hidden), hidden.new_empty(P, I)
@@ -460,7 +486,7 @@ def activation_gradient(
     activation_gradient_kernel[(programs,)](
         grad, order.pair, TensorDescriptor.from_tensor(down, [1, b.inner, b.columns]), weights, hidden,
         d_hidden, scaled, partials, order.tile_expert, order.first_tile, order.offsets, P,
-        H, I, E, weights.shape[1], b.rows, b.columns, b.inner, programs, b.inner,
+        H, I, E, weights.shape[1], b.rows, b.columns, b.inner, programs, b.inner, clamped,
         num_warps=b.warps, num_stages=max(b.stages - 1, 2),
     )  # fmt: skip
     return d_hidden, scaled, partials
@@ -652,20 +678,21 @@ class ExpertMLP(torch.autograd.Function):
     """`triton_expert_mlp` with its gradients."""
 
     @staticmethod
-    def forward(ctx, tokens, expert_ids, weights, gate_up, down, num_pairs):
+    def forward(ctx, tokens, expert_ids, weights, gate_up, down, num_pairs, bias):
         order = sort_pairs(expert_ids, len(gate_up), blocks_for(tokens).rows, num_pairs)
-        hidden, activated = up_projection(tokens, gate_up, order, expert_ids.shape[1])
+        hidden, activated = up_projection(tokens, gate_up, order, expert_ids.shape[1], bias)
         out, _ = combine(grouped_product(activated, down, order, transposed=True), order, weights)
         ctx.save_for_backward(tokens, weights, gate_up, down, hidden, *order)
+        ctx.clamped = bias is not None
         return out
 
     @staticmethod
     def backward(ctx, grad):
         tokens, weights, gate_up, down, hidden, *order = ctx.saved_tensors
         order, grad = Sorted(*order), grad.contiguous()
-        d_tokens = d_weights = d_gate_up = d_down = None
-        wants_tokens, _, wants_weights, wants_gate_up, wants_down = wanted(ctx)
-        d_hidden, scaled, partials = activation_gradient(grad, down, weights, hidden, order)
+        d_tokens = d_weights = d_gate_up = d_down = d_bias = None
+        wants_tokens, _, wants_weights, wants_gate_up, wants_down, *wants_bias = wanted(ctx)
+        d_hidden, scaled, partials = activation_gradient(grad, down, weights, hidden, order, ctx.clamped)
         if wants_tokens or wants_weights:
             d_tokens, d_weights = input_gradients(d_hidden, partials, gate_up, order)
         if wants_down:
@@ -673,15 +700,21 @@ class ExpertMLP(torch.autograd.Function):
         del scaled
         if wants_gate_up:
             d_gate_up = gate_up_gradient(d_hidden, tokens, order)
-        return d_tokens, None, d_weights, d_gate_up, d_down, None
+        if any(wants_bias):  # a bias is the weight of an input that is always 1
+            d_bias = weight_gradient(d_hidden, tokens.new_ones(len(tokens), 1), order, gather_left=False).squeeze(2)
+        return d_tokens, None, d_weights, d_gate_up, d_down, None, d_bias
 
 
 # %%
 #| export
 def triton_expert_mlp(
-    tokens: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, num_pairs: int | None = None
-) -> Tensor:
-    """`expert_mlp` by the kernels, whatever the device. Raises TypeError or ValueError, one line, on bad arguments."""
+    tokens: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, num_pairs: int | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`expert_mlp` by the kernels, whatever the device; given `bias` (E, 2I), of gate and up, in the clamped form.
+
+    Raises TypeError or ValueError, one line, on bad arguments.
+    """
     (T, H), (E, I, K) = tokens.shape, (gate_up.shape[0], gate_up.shape[1] // 2, expert_ids.shape[-1])
     dtypes, device = (torch.float32, torch.bfloat16, torch.float16), tokens.device
     if not runs_triton(tokens):
@@ -693,16 +726,18 @@ def triton_expert_mlp(
     want("weights", weights, (T, K), (torch.float32,), device)
     want("gate_up", gate_up, (E, 2 * I, H), (tokens.dtype,), device)
     want("down", down, (E, H, I), (tokens.dtype,), device)
+    if bias is not None:
+        want("bias", bias, (E, 2 * I), (tokens.dtype,), device)
+        bias = bias.contiguous()
     for name, size in (("hidden size", H), ("expert hidden size", I)):
         if size * tokens.element_size() % 16:
             raise ValueError(
                 f"{name} {size} in {tokens.dtype} is no multiple of 16 bytes; pad it for the Triton expert MLP"
             )
     if T == 0 or num_pairs == 0:
-        return tokens * 0 + (weights.sum() + gate_up.sum() + down.sum()) * 0
-    return ExpertMLP.apply(
-        tokens.contiguous(), expert_ids, weights.contiguous(), gate_up.contiguous(), down.contiguous(), num_pairs
-    )
+        return tokens * 0 + sum(t.sum() for t in (weights, gate_up, down, bias) if t is not None) * 0
+    tensors = (t.contiguous() for t in (weights, gate_up, down))
+    return ExpertMLP.apply(tokens.contiguous(), expert_ids, *tensors, num_pairs, bias)
 
 
 # %% [markdown]

@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pithtrain.kernels.expert_mlp import triton_expert_mlp
+from pithtrain.layers.experts import kernels_take
+
 # %% [markdown]
 # ## The maths
 #
@@ -82,6 +85,31 @@ def clamped_experts_reference(tokens, expert_ids, weights, gate_up, gate_up_bias
 # - A row's bias is a product as well: with the matrix that has a 1 where the pair's expert is. Its gradient is
 #   then a product, not a scatter of all rows into a few.
 # - $\sum_e w_e f_e$ needs no pairs at all. It is the tokens' weights, laid out over all experts, times $f$.
+#
+# On a GPU the [kernels of the plain experts](12_expert_mlp.py) do all but the last, clamps and biases included.
+
+
+# %%
+#| export
+def clamped_pairs(
+    tokens: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, bias: Tensor
+) -> Tensor:
+    """The sum over a token's experts without their last bias: (T, H) in fp32; shapes as in `ClampedExperts`."""
+    count, top_k, experts = len(tokens), expert_ids.shape[1], len(down)
+    ids = expert_ids.where(expert_ids >= 0, experts)
+    sorted_ids, order = torch.sort(ids.flatten(), stable=True)
+    absent = (sorted_ids == experts).unsqueeze(1)
+    numbers = torch.arange(experts, device=ids.device)
+    ends = torch.searchsorted(sorted_ids, numbers, right=True).int()
+    chosen = (sorted_ids.unsqueeze(1) == numbers).to(tokens.dtype)
+    rows = (order // top_k).where(sorted_ids < experts, count)
+
+    x = F.pad(tokens, (0, 0, 0, 1)).index_select(0, rows)
+    pre = torch.where(absent, 0, torch.addmm(F.grouped_mm(x, gate_up.mT, offs=ends), chosen, bias))
+    pair_weights = torch.where(absent, 0, weights.flatten()[order].unsqueeze(1)).to(tokens.dtype)
+    pairs = F.grouped_mm(clamped_swiglu(pre) * pair_weights, down.mT, offs=ends)
+    output = torch.zeros(count + 1, tokens.shape[1], dtype=torch.float32, device=tokens.device)
+    return output.index_add(0, rows, pairs.float())[:-1]
 
 
 # %%
@@ -107,27 +135,14 @@ class ClampedExperts(nn.Module):
 
         `expert_ids` (T, K), -1 for a pair that is not computed here; `weights` (T, K), fp32.
         """
-        (count, _), top_k, experts = tokens.shape, expert_ids.shape[1], len(self.down)
         gate_up, gate_up_bias, down, down_bias = (
             parameter.to(tokens.dtype) for parameter in (self.gate_up, self.gate_up_bias, self.down, self.down_bias)
         )
-        ids = expert_ids.where(expert_ids >= 0, experts)
-        sorted_ids, order = torch.sort(ids.flatten(), stable=True)
-        absent = (sorted_ids == experts).unsqueeze(1)
-        numbers = torch.arange(experts, device=ids.device)
-        ends = torch.searchsorted(sorted_ids, numbers, right=True).int()
-        chosen = (sorted_ids.unsqueeze(1) == numbers).to(tokens.dtype)
-        rows = (order // top_k).where(sorted_ids < experts, count)
-
-        x = F.pad(tokens, (0, 0, 0, 1)).index_select(0, rows)
-        pre = torch.where(absent, 0, torch.addmm(F.grouped_mm(x, gate_up.mT, offs=ends), chosen, gate_up_bias))
-        pair_weights = torch.where(absent, 0, weights.flatten()[order].unsqueeze(1)).to(tokens.dtype)
-        pairs = F.grouped_mm(clamped_swiglu(pre) * pair_weights, down.mT, offs=ends)
-
-        shares = weights.new_zeros(count, experts + 1).scatter_add(1, ids, weights)[:, :-1]
-        output = torch.zeros(count + 1, tokens.shape[1], dtype=torch.float32, device=tokens.device)
-        output = output.index_add(0, rows, pairs.float())[:-1]
-        return torch.addmm(output, shares.float(), down_bias.float()).to(tokens.dtype)
+        ids = expert_ids.where(expert_ids >= 0, len(down))
+        run = triton_expert_mlp if kernels_take(tokens, down.shape[2]) else clamped_pairs
+        output = run(tokens, expert_ids, weights, gate_up, down, bias=gate_up_bias)
+        shares = weights.new_zeros(len(tokens), len(down) + 1).scatter_add(1, ids, weights)[:, :-1]
+        return torch.addmm(output.float(), shares.float(), down_bias.float()).to(tokens.dtype)
 
 
 # %%

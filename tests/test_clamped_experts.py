@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pithtrain.kernels.lang import INTERPRETED
+from pithtrain.layers import clamped_experts
 from pithtrain.layers.clamped_experts import ClampedExperts, clamped_swiglu
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -41,7 +43,7 @@ def make(T, H, E, K, D, seed=0, size=3.0):
 
 
 def compare(layer, tokens, ids, weights, dtype=torch.float32):
-    upstream = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+    upstream = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(9)).to(tokens.device, dtype)
     tokens = tokens.to(dtype).requires_grad_()
     weights = weights.clone().requires_grad_()
     output = layer(tokens, ids, weights)
@@ -170,3 +172,35 @@ def test_biases_alone():
     )
     expected = (weights.unsqueeze(-1) * F.embedding(ids, constants)).sum(dim=1)
     torch.testing.assert_close(layer(tokens, ids, weights), expected)
+
+
+def spy(monkeypatch):
+    """A list that grows with each call of the kernels."""
+    calls, kernels = [], clamped_experts.triton_expert_mlp
+    monkeypatch.setattr(clamped_experts, "triton_expert_mlp", lambda *a, **k: (calls.append(1), kernels(*a, **k))[1])
+    return calls
+
+
+@pytest.mark.parametrize("T, H, E, K, D", [(40, 16, 6, 2, 24), (1, 8, 4, 1, 8), (33, 24, 5, 5, 40), (9, 8, 64, 2, 8)])
+@pytest.mark.parametrize("absent", [False, True])
+def test_the_kernels_compute_the_same(T, H, E, K, D, absent, monkeypatch):
+    if not INTERPRETED:
+        pytest.skip("needs Triton's interpreter")
+    layer, tokens, ids, weights = make(T, H, E, K, D)
+    if absent:
+        ids[torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.3] = -1
+    calls = spy(monkeypatch)
+    monkeypatch.setattr(clamped_experts, "kernels_take", lambda *_: True)
+    compare(layer, tokens, ids, weights)
+    assert calls
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T, H, E, K, D", [(300, 256, 16, 4, 384), (77, 40, 5, 2, 24), (1, 64, 4, 1, 64)])
+def test_gpu_kernels_compute_the_same(T, H, E, K, D, dtype, monkeypatch):
+    calls = spy(monkeypatch)
+    layer, *inputs = make(T, H, E, K, D)
+    inputs[1][::7, 0] = -1
+    compare(layer.cuda(), *(t.cuda() for t in inputs), dtype)
+    assert calls
