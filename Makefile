@@ -7,7 +7,7 @@ AGENT  := $(VENV)/mini/.ready
 DOCS   := $(VENV)/.ready-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup agent train export check sync notebooks test test-notebooks test-docs lint docs docs-serve bench clean
+.PHONY: test-eval help setup agent train export check sync notebooks test test-notebooks test-docs lint docs docs-serve bench clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -68,6 +68,10 @@ test-docs: docs  ## build the site and look at every page in a headless chromium
 test: check lint $(AGENT)  ## everything that needs no GPU
 	@$(PY) -m pytest tests --ignore=tests/notebooks --ignore=tests/docs -n 2 --durations=12
 	@$(MAKE) --no-print-directory test-notebooks
+
+test-eval: $(READY)  ## install the extra eval (640 MB); let the evaluation harness itself ask a model
+	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[eval]'
+	@$(PY) -m pytest tests/test_evaluate.py -k harness -n 0 -rs
 
 clean:  ## remove what can be made again (not .venv, not runs/)
 	rm -rf build dist *.egg-info docs/_build docs/.jupyter_cache .pytest_cache .ruff_cache
