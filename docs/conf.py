@@ -20,6 +20,7 @@ mathjax_path = "mathjax/tex-chtml.js"  # of this site, as is everything: no page
 myst_enable_extensions = ["dollarmath", "amsmath", "attrs_inline", "attrs_block", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # tools/docs.py has run them, two at a time
+nb_code_prompt_show, nb_code_prompt_hide = "Show the code", "Hide the code"
 nb_merge_streams, nb_render_markdown_format = True, "myst"
 # A notebook may go from a title to its third level; a bare name in a signature may be one of two modules'.
 suppress_warnings = ["myst.header", "ref.python"]
