@@ -171,6 +171,7 @@ def test_search_finds_the_router(desk: Watched):
     desk.tab.keyboard.press("Enter")
     first = desk.tab.locator("ul.search li a").first
     first.wait_for()
+    desk.tab.wait_for_load_state("networkidle")  # it fetches the pages that it found, for their summaries
     found = desk.tab.locator("ul.search li a").all_inner_texts()
     assert any("which experts a token visits" in text for text in found[:5]), found[:5]
     first.click()
