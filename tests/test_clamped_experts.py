@@ -197,10 +197,11 @@ def test_the_kernels_compute_the_same(T, H, E, K, D, absent, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("T, H, E, K, D", [(300, 256, 16, 4, 384), (77, 40, 5, 2, 24), (1, 64, 4, 1, 64)])
+@pytest.mark.parametrize("T, H, E, K, D", [(100, 256, 16, 4, 384), (77, 40, 5, 2, 24), (1, 64, 4, 1, 64)])
 def test_gpu_kernels_compute_the_same(T, H, E, K, D, dtype, monkeypatch):
     calls = spy(monkeypatch)
-    layer, *inputs = make(T, H, E, K, D)
+    # In bf16 few values are clamped: which side of 7 a rounded one falls on decides whether a gradient passes.
+    layer, *inputs = make(T, H, E, K, D, size=3.0 if dtype == torch.float32 else 1.0)
     inputs[1][::7, 0] = -1
     compare(layer.cuda(), *(t.cuda() for t in inputs), dtype)
     assert calls
