@@ -164,5 +164,21 @@ for a, b in zip((fast, *fast_grads), (slow, *slow_grads), strict=True):
     print(f"{tuple(a.shape)!s:14} relative difference {((a - b).norm() / b.norm()).item():.1e}")
 
 # %% [markdown]
+# What the kernels save on a GPU, for one layer of GPT-OSS-20B's widths, forward and backward:
+
+# %%
+import json
+from pathlib import Path
+
+import pithtrain
+
+file = Path(pithtrain.__file__).parent.parent / "docs" / "benchmarks" / "clamped-h100.json"
+if file.exists():
+    measured = json.loads(file.read_text())
+    print(f"{measured['measured']}, {measured['date']}, {measured['shape']['tokens']} tokens")
+    for row in measured["rows"]:
+        print(f"{row['name']:12} {row['ms']:6.1f} ms {row['peak_gib']:5.2f} GiB beyond inputs and weights")
+
+# %% [markdown]
 # Next: the parts of a layer that are not experts: [linear](23_linear.py). The family that these experts
 # belong to is [GPT-OSS](34_gpt_oss.py).
