@@ -226,8 +226,8 @@ ax.axhspan(seen.min(), seen.max(), color="0.9")
 ax.axvline(4096, color="0.5", ls=":")
 ax.set(title="A slow pair beyond the training length", xlabel="position", ylabel="cosine of pair 28 of 32")
 ax.legend()
-fig
 assert stretched[0][:, -4].min() >= seen.min() - 1e-3
+fig
 
 # %% [markdown]
 # Next: [attention](26_attention.py), which uses it.
