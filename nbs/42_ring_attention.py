@@ -426,6 +426,7 @@ whole = layer.core.whole_sequence(mine.view(1, -1, 1, 1).repeat(1, 1, 2, 1)).fla
 print(f"rank {rank}: 2 heads of tokens {mine[7:10].tolist()} ... become 1 head of tokens {whole[7:10].tolist()} ...")
 print(f"rank {rank}: output differs by {errors[0]:.1e}, the gradient of the key weights by {errors[1]:.1e}")
 assert max(errors) < 1e-5
+del layer  # else it holds the group, whose threads then live on into the exit of the process
 dist.destroy_process_group()
 """
 with tempfile.TemporaryDirectory() as folder:
