@@ -110,6 +110,46 @@ for wrong in (torch.zeros(3, 4, dtype=torch.int8), torch.zeros(4, 3)):
         print(f"{type(error).__name__}: {error}")
 
 # %% [markdown]
+# ## Half a backward
+#
+# A node whose backward is written by hand makes all its gradients, wanted or not: `ctx.needs_input_grad` is fixed in
+# the forward. A [pipeline](56a_pieces.py) walks a graph twice, for the gradients of inputs and later for those of
+# weights, and would pay for each product twice. So such a node asks.
+
+
+# %%
+#| export
+def wanted(ctx: torch.autograd.function.FunctionCtx) -> list[bool]:
+    """For each tensor input of a node in its backward, whether this walk of the graph asks for its gradient."""
+
+    def visited(node: torch.autograd.graph.Node | None) -> bool:
+        try:
+            return node is not None and torch._C._will_engine_execute_node(node)
+        except RuntimeError:  # torch cannot tell for a leaf that torch.autograd.grad was asked for; so it was
+            return True
+
+    return [visited(node) for node, _ in ctx.next_functions]
+
+
+# %%
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b):
+        return a * b
+
+    @staticmethod
+    def backward(ctx, grad):
+        print("wanted:", wanted(ctx))
+        return grad, grad
+
+
+a, b = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+Product.apply(a, b).backward()
+Product.apply(a, b).backward(inputs=[a])
+torch.autograd.grad(Product.apply(a, b), [b])
+
+
+# %% [markdown]
 # ## A first kernel
 #
 # To read the kernels that follow, one example is enough. Each program instance owns `BLOCK` elements; the
@@ -131,4 +171,5 @@ if runs_triton(x):
     assert torch.equal(out, 2 * x)
 
 # %% [markdown]
-# Next: the first real one, a [counting sort](11_sort.py) that brings the tokens of one expert together.
+# Yours to do: [a kernel that normalises rows](exercises/10_kernel.py). Next: the first real one, a
+# [counting sort](11_sort.py) that brings the tokens of one expert together.

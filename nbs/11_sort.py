@@ -236,8 +236,7 @@ def sort_pairs(expert_ids: Tensor, num_experts: int, tile_rows: int, num_pairs: 
 
     An id outside [0, num_experts), by custom -1, means "no expert here". Experts' rows are cut into tiles of
     `tile_rows`.
-    `num_pairs` is the number of ids that are not -1, if the host knows it; buffers are then that long.
-    """
+    `num_pairs` is the number of ids that are not -1, if the host knows it; buffers are then that long."""
     sort = triton_sort_pairs if runs_triton(expert_ids) else reference_sort_pairs
     return sort(expert_ids, num_experts, tile_rows, num_pairs)
 

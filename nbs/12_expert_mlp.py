@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pithtrain.kernels.lang import INTERPRETED, TensorDescriptor, runs_triton, tl, triton, want
+from pithtrain.kernels.lang import INTERPRETED, TensorDescriptor, runs_triton, tl, triton, want, wanted
 from pithtrain.kernels.sort import Sorted, sort_pairs
 
 # %% [markdown]
@@ -289,13 +289,20 @@ if INTERPRETED:
 #
 # Rows are already in expert order, so both operands are regular. `down` multiplies by the transposed weights,
 # the tokens' gradient by the weights as they are.
+#
+# The way out matters too. Stored through pointers, a tile keeps its threads busy with addresses and masks until its
+# last row is gone; through a descriptor the memory accelerator carries it away while the next tile is multiplied.
+# But it knows no masks: an expert's last tile, which mostly ends early, would overwrite the rows of the next expert, so
+# that one goes through pointers. The two halves of a tile leave one after the other, because both at once would take
+# the shared memory that the inputs need. (Both branches make all they use from `row`, `end` and `block`: Triton 3.6
+# cannot flatten the loop when they share a vector with what comes before.)
 
 
 # %%
 #| export
 @triton.jit
 def product_kernel(
-    x_desc, weight_desc, y_ptr, tile_expert_ptr, first_tile_ptr, offset_ptr,
+    x_desc, weight_desc, y_desc, y_ptr, tile_expert_ptr, first_tile_ptr, offset_ptr,
     INNER: tl.constexpr, N: tl.constexpr, E: tl.constexpr, TRANSPOSED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
@@ -311,10 +318,15 @@ def product_kernel(
             else:
                 w = weight_desc.load([e, start, block * BN]).reshape(BK, BN)
             acc = tl.dot(x, w, acc, input_precision="ieee")
-        rows = row + tl.arange(0, BM)
-        columns = block * BN + tl.arange(0, BN)[None, :]
-        mask = (rows < end)[:, None] & (columns < N)
-        tl.store(y_ptr + rows.to(tl.int64)[:, None] * N + columns, acc.to(y_ptr.dtype.element_ty), mask=mask)
+        if row + BM <= end:
+            left, right = halves(acc, BM, BN)
+            y_desc.store([row, block * BN], left.to(y_ptr.dtype.element_ty))
+            y_desc.store([row, block * BN + BN // 2], right.to(y_ptr.dtype.element_ty))
+        else:
+            rows = row + tl.arange(0, BM)
+            columns = block * BN + tl.arange(0, BN)[None, :]
+            mask = (rows < end)[:, None] & (columns < N)
+            tl.store(y_ptr + rows.to(tl.int64)[:, None] * N + columns, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 # %%
@@ -327,10 +339,12 @@ def grouped_product(
     b, programs = blocks or blocks_for(x), programs_on(x)
     y = x.new_empty(len(x), N)
     box = [1, b.columns, b.inner] if transposed else [1, b.inner, b.columns]
+    stages = max(b.stages - 1, 2) if inner > b.inner else 1  # Triton 3.6 cannot pipeline a loop of one round
     product_kernel[(programs,)](
-        TensorDescriptor.from_tensor(x, [b.rows, b.inner]), TensorDescriptor.from_tensor(weights, box), y,
+        TensorDescriptor.from_tensor(x, [b.rows, b.inner]), TensorDescriptor.from_tensor(weights, box),
+        TensorDescriptor.from_tensor(y, [b.rows, b.columns // 2]), y,
         order.tile_expert, order.first_tile, order.offsets, inner, N, E, transposed,
-        b.rows, b.columns, b.inner, programs, num_warps=b.warps, num_stages=b.stages,
+        b.rows, b.columns, b.inner, programs, num_warps=b.warps, num_stages=stages,
     )  # fmt: skip
     return y
 
@@ -526,7 +540,7 @@ if INTERPRETED:
 #| export
 @triton.jit
 def weight_gradient_kernel(
-    sorted_desc, token_ptr, pair_ptr, out_ptr, offset_ptr,
+    sorted_desc, token_ptr, pair_ptr, out_desc, offset_ptr,
     M: tl.constexpr, N: tl.constexpr, E: tl.constexpr, K: tl.constexpr, GATHER_LEFT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
@@ -550,10 +564,7 @@ def weight_gradient_kernel(
                 acc = tl.dot(t.T, sorted_desc.load([row, n]), acc, input_precision="ieee")
             else:
                 acc = tl.dot(sorted_desc.load([row, m]).T, t, acc, input_precision="ieee")
-        rows = m + tl.arange(0, BM)[:, None]
-        columns = n + tl.arange(0, BN)[None, :]
-        at = e.to(tl.int64) * (M * N) + rows * N + columns
-        tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=(rows < M) & (columns < N))
+        out_desc.store([e, m, n], acc.to(token_ptr.dtype.element_ty).reshape(1, BM, BN))
 
 
 # %%
@@ -566,12 +577,12 @@ def weight_gradient(
     E, (M, N), programs = len(order.offsets) - 1, (left.shape[1], right.shape[1]), programs_on(rows)
     b = blocks or blocks_for(rows)
     narrow, wide = min(b.rows, b.columns), max(b.rows, b.columns)
+    tall, across = (narrow, wide) if gather_left else (wide, narrow)
     out = rows.new_empty(E, M, N)
     weight_gradient_kernel[(programs,)](
         TensorDescriptor.from_tensor(rows, [b.inner, wide]), per_token, order.pair,
-        out, order.offsets, M, N, E, order.slot.shape[1], gather_left,
-        narrow if gather_left else wide, wide if gather_left else narrow, b.inner, programs,
-        num_warps=b.warps, num_stages=b.stages + 1,
+        TensorDescriptor.from_tensor(out, [1, tall, across]), order.offsets, M, N, E, order.slot.shape[1], gather_left,
+        tall, across, b.inner, programs, num_warps=b.warps, num_stages=b.stages + 1,
     )  # fmt: skip
     return out
 
@@ -637,39 +648,8 @@ if INTERPRETED:
 #
 # A zero-bubble pipeline (arXiv 2401.10241) walks the graph twice: once for the gradients of the inputs, which
 # another rank waits for, and later for those of the weights. Autograd calls this node both times, so it asks which
-# gradients are wanted, and does only that half's products; what both halves share, `activation_gradient`, runs twice.
-
-
-# %%
-#| export
-def wanted(ctx: torch.autograd.function.FunctionCtx) -> list[bool]:
-    """For each tensor input of a node in its backward, whether this walk of the graph asks for its gradient."""
-
-    def visited(node: torch.autograd.graph.Node | None) -> bool:
-        try:
-            return node is not None and torch._C._will_engine_execute_node(node)
-        except RuntimeError:  # torch cannot tell for a leaf that torch.autograd.grad was asked for; so it was
-            return True
-
-    return [visited(node) for node, _ in ctx.next_functions]
-
-
-# %%
-class Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, a, b):
-        return a * b
-
-    @staticmethod
-    def backward(ctx, grad):
-        print("wanted:", wanted(ctx))
-        return grad, grad
-
-
-a, b = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
-Product.apply(a, b).backward()
-Product.apply(a, b).backward(inputs=[a])
-torch.autograd.grad(Product.apply(a, b), [b])
+# gradients are [wanted](10_triton.py), and does only that half's products; what both halves share,
+# `activation_gradient`, runs twice.
 
 
 # %%
@@ -700,8 +680,9 @@ class ExpertMLP(torch.autograd.Function):
         del scaled
         if wants_gate_up:
             d_gate_up = gate_up_gradient(d_hidden, tokens, order)
-        if any(wants_bias):  # a bias is the weight of an input that is always 1
-            d_bias = weight_gradient(d_hidden, tokens.new_ones(len(tokens), 1), order, gather_left=False).squeeze(2)
+        if any(wants_bias):  # a bias is the weight of an input that is always 1; a descriptor's rows take 16 bytes
+            ones = tokens.new_ones(len(tokens), 16 // tokens.element_size())
+            d_bias = weight_gradient(d_hidden, ones, order, gather_left=False)[..., 0]
         return d_tokens, None, d_weights, d_gate_up, d_down, None, d_bias
 
 
@@ -713,8 +694,7 @@ def triton_expert_mlp(
 ) -> Tensor:  # fmt: skip
     """`expert_mlp` by the kernels, whatever the device; given `bias` (E, 2I), of gate and up, in the clamped form.
 
-    Raises TypeError or ValueError, one line, on bad arguments.
-    """
+    Raises TypeError or ValueError, one line, on bad arguments."""
     (T, H), (E, I, K) = tokens.shape, (gate_up.shape[0], gate_up.shape[1] // 2, expert_ids.shape[-1])
     dtypes, device = (torch.float32, torch.bfloat16, torch.float16), tokens.device
     if not runs_triton(tokens):
@@ -775,8 +755,7 @@ def expert_mlp(
     tokens (T, H) in float32, bfloat16 or float16; expert_ids (T, K) int32 or int64, -1 for an expert that is not on
     this rank (contributes nothing); weights (T, K) float32; gate_up (E, 2I, H), gate rows first; down (E, H, I).
     `num_pairs` is the number of ids that are not -1, if the host knows it: buffers are then that long instead
-    of T * K. Nothing waits for the GPU. The gradient of `weights` where the id is -1 is zero.
-    """
+    of T * K. Nothing waits for the GPU. The gradient of `weights` where the id is -1 is zero."""
     run = triton_expert_mlp if tokens.is_cuda and runs_triton(tokens) else reference_expert_mlp
     return run(tokens, expert_ids, weights, gate_up, down, num_pairs)
 
@@ -788,25 +767,32 @@ torch.testing.assert_close(expert_mlp(*args), reference_expert_mlp(*args))
 # %% [markdown]
 # ## Where the time goes
 #
-# Medians on an H100 (bf16, 16,384 tokens, Qwen3-30B-A3B's sizes, torch 2.11, Triton 3.6, November 2026), each kernel
-# alone, beside PyTorch's grouped product of the same size on tokens that are already gathered:
-#
-# | product | `grouped_mm`, ms | here, ms | what ours does besides |
-# |---|---|---|---|
-# | up | 1.27 | 1.42 | gathers tokens, SwiGLU |
-# | down | 0.82 | 0.66 | |
-# | d activated | 0.77 | 1.05 | gathers `grad`, SwiGLU and its gradient, router-weight gradients |
-# | d tokens | 1.48 | 1.22 | |
-# | d_gate_up | 1.44 | 1.49 | gathers tokens |
-# | d_down | 0.75 | 0.69 | gathers `grad` |
-# | combine, twice | | 0.43 | moves 604 MB each time, at 2.8 TB/s |
-# | sort | | 0.06 | |
-#
+# Each product alone, on an H100, beside PyTorch's grouped product of the same size on tokens that are already gathered.
+# Ours do more: *up* gathers tokens and applies SwiGLU; *d activated* gathers the output's gradient and does SwiGLU's
+# and the router weights'; the last two gather as well. Large experts take their *d gate and up* from `grouped_mm`.
+
+# %%
+import json
+from pathlib import Path
+
+home = next((p for p in [Path.cwd(), *Path.cwd().parents] if (p / "docs" / "benchmarks").is_dir()), None)
+if home:
+    measured = json.loads((home / "docs/benchmarks/products-h100.json").read_text())
+    print(f"{measured['device']}, {measured['versions']}, {measured['date']}: median ms, bf16, 16,384 tokens")
+    for shape, rows in measured["shapes"].items():
+        print(f"\n{shape:18}{'grouped_mm':>12}{'by pointers':>13}{'here':>8}")
+        for row in rows:
+            pointers = f"{row['pointers']:.2f}" if row["pointers"] else ""
+            print(f"  {row['product']:16}{row['grouped_mm']:12.2f}{pointers:>13}{row['here']:8.2f}")
+
+# %% [markdown]
 # What was tried and lost: two smaller tiles at a time on each multiprocessor, so that one writes while the other
 # multiplies (the activation's gradient took 1.44 ms instead of 1.05: small tiles read the cache too often); fetching
 # `hidden` into the cache ahead of the epilogue (1.16); starting programs at staggered times (no gain, and much
 # slower where the delay is long: programs in step share what they read); Triton 3.6's automatic warp specialisation
-# (it compiled, and hung).
+# (it compiled, and hung); tiles of 128 x 192, which divide 2,880 without a rest, as two products in one loop (*down*
+# of the GPT-OSS shape took 2.4 ms instead of 1.8); descriptors for what *up* stores (no gain for any shape) and for
+# what *d activated* stores (1.2 ms instead of 1.06).
 
 # %% [markdown]
 # How fast it is on a GPU, against the bare matrix products and other implementations, is in

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pithtrain.kernels.lang import INTERPRETED, runs_triton, tl, triton, want
+from pithtrain.kernels.lang import INTERPRETED, runs_triton, tl, triton, want, wanted
 
 # %% [markdown]
 # ## The maths
@@ -230,8 +230,9 @@ class Route(torch.autograd.Function):
             probs, expert_ids, d_weights, d_probs.contiguous() if dense else None, d_logits, T, scale,
             E, K, max(16, triton.next_power_of_2(E)), dense, renormalise, sigmoid, rows, num_warps=4,
         )  # fmt: skip
-        d_hidden = (d_logits @ router_weight.to(dtype)).to(hidden.dtype) if ctx.needs_input_grad[0] else None
-        d_router = (d_logits.T @ hidden.to(dtype)).to(router_weight.dtype) if ctx.needs_input_grad[1] else None
+        wants_hidden, wants_router, *_ = wanted(ctx)
+        d_hidden = (d_logits @ router_weight.to(dtype)).to(hidden.dtype) if wants_hidden else None
+        d_router = (d_logits.T @ hidden.to(dtype)).to(router_weight.dtype) if wants_router else None
         return d_hidden, d_router, None, None, None, None, None
 
 
@@ -300,8 +301,7 @@ def route(
 
     Scores are the softmax over experts, or the sigmoid; `bias` (E,) float32 is added for the choice alone. The
     weights are the chosen scores, divided by their sum if `renormalise`, times `scale`. Differentiable in
-    `hidden` and `router_weight` through `weights` and `probs`.
-    """
+    `hidden` and `router_weight` through `weights` and `probs`."""
     run = triton_route if hidden.is_cuda and runs_triton(hidden) else reference_route
     return run(hidden, router_weight, top_k, bias, renormalise, sigmoid, scale)
 

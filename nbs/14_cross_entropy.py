@@ -138,8 +138,7 @@ if runs_triton(logits):
 def row_losses(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     """Losses (T,) in nats of `logits` (T, V), which, if `gradient`, are overwritten with the gradient of their sum.
 
-    targets (T,) integers in [0, V), -100 for a row that does not count. fp32 arithmetic, whatever the logits' dtype.
-    """
+    targets (T,) integers in [0, V), -100 for a row that does not count. fp32 arithmetic, whatever the logits' dtype."""
     run = triton_row_losses if logits.is_cuda and logits.dtype != torch.float64 else reference_row_losses
     return run(logits, targets, gradient)
 

@@ -85,8 +85,7 @@ torch.testing.assert_close(merged, (q @ k.T).softmax(dim=-1) @ v)
 class Piece(NamedTuple):
     """A rectangle of queries (of S) against keys (of L), in which each query sees at least one key.
 
-    Query i sees the keys from i + L - S - left to i + L - S + right; -1 sets no limit on that side.
-    """
+    Query i sees the keys from i + L - S - left to i + L - S + right; -1 sets no limit on that side."""
 
     rows: slice
     """Of the batch."""
@@ -134,19 +133,13 @@ print([(row.start, document) for row, document in documents_from(4, 8, 2, 8, [0,
 # %%
 #| export
 def pieces(
-    queries: list[range],
-    keys: list[range],
-    rows: int,
-    length: int,
-    window: int | None = None,
-    documents: Tensor | None = None,
-    tile: int | None = None,
-) -> list[Piece]:
+    queries: list[range], keys: list[range], rows: int, length: int,
+    window: int | None = None, documents: Tensor | None = None, tile: int | None = None,
+) -> list[Piece]:  # fmt: skip
     """What queries at some positions see of keys at others, in `rows` sequences of `length` tokens.
 
     `documents` are boundaries 0, ..., rows * length. With `tile`, no piece has more queries than that;
-    without, the documents in which a run meets itself are one piece. Raises ValueError for wrong boundaries.
-    """
+    without, the documents in which a run meets itself are one piece. Raises ValueError for wrong boundaries."""
     if documents is not None and documents[[0, -1]].tolist() != [0, rows * length]:
         ends = "{} to {}".format(*documents[[0, -1]].tolist())
         raise ValueError(f"documents: boundaries go from {ends}, not from 0 to {rows} x {length} tokens")
@@ -292,8 +285,7 @@ def cudnn_fits(q: Tensor, k: Tensor, v: Tensor, piece: Piece) -> bool:
 def flash_layout(piece: Piece, features: int, *tensors: Tensor) -> list[Tensor]:
     """(B, heads, tokens, D) to (B, tokens, heads, features), or (tokens of all rows, ...) if there are cuts.
 
-    Values narrower than keys, as in latent attention, are padded with zeros.
-    """
+    Values narrower than keys, as in latent attention, are padded with zeros."""
     laid = [t if t.shape[-1] == features else F.pad(t, (0, features - t.shape[-1])) for t in tensors]
     laid = [(t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2) for t in laid]
     return laid if piece.cuts is None else [t.flatten(0, 1) for t in laid]
@@ -329,8 +321,7 @@ print("FlashAttention:", flash_fits(q, 16), "(it has no CPU kernel)")
 def attend_piece(q: Tensor, k: Tensor, v: Tensor, scale: float, piece: Piece) -> tuple[Tensor, Tensor]:
     """Attention within a piece of q (B, heads, S, D), k (B, kv_heads, L, D), v (B, kv_heads, L, Dv).
 
-    Returns the output (rows, heads, queries, Dv) and its log-sum-exp (rows, heads, queries), at least fp32.
-    """
+    Returns the output (rows, heads, queries, Dv) and its log-sum-exp (rows, heads, queries), at least fp32."""
     q, k, v = q[piece.rows, :, piece.queries], k[piece.rows, :, piece.keys], v[piece.rows, :, piece.keys]
     (batch, heads, queries, features), (kv_heads, wide) = q.shape, v.shape[1::2]
     aten = torch.ops.aten
@@ -411,16 +402,9 @@ torch.testing.assert_close((out, *by_hand), (true, *torch.autograd.grad(true, in
 # %%
 #| export
 def block_gradients(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    cut: list[Piece],
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, cut: list[Piece],
     *totals: Tensor,
-) -> None:
+) -> None:  # fmt: skip
     """Add the gradients of all pieces of a block to `totals`, those of q, k and v, in place."""
     for piece in cut:
         parts = piece_gradients(grad, q, k, v, out, lse, scale, piece)

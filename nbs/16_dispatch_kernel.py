@@ -190,8 +190,7 @@ def plan_rows(expert_ids: Tensor, experts_per_rank: int, ranks: int) -> Plan:
     """Where tokens travel: the kernels on CUDA, the reference elsewhere.
 
     `expert_ids` (T, K) int64, each within [0, ranks * experts_per_rank). On CUDA nothing waits for the host, and
-    `rows` and `local_ids` are as long as they can become; cut them once the counts are known.
-    """
+    `rows` and `local_ids` are as long as they can become; cut them once the counts are known."""
     run = triton_plan_rows if expert_ids.is_cuda and runs_triton(expert_ids) else reference_plan_rows
     return run(expert_ids, experts_per_rank, ranks)
 
@@ -296,8 +295,7 @@ def gather_sum(values: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
     """For each token the sum of its rows among `values` (P, H), added in fp32: (T, H) in the dtype of `values`.
 
     `rows` (P,) int64 is the token of each row, `slots` (T, n) int32 the row of each visit or -1, both from `plan_rows`.
-    The kernel on CUDA, whose result does not change from run to run; the reference elsewhere.
-    """
+    The kernel on CUDA, whose result does not change from run to run; the reference elsewhere."""
     run = triton_gather_sum if values.is_cuda and runs_triton(values) else reference_gather_sum
     return run(values, rows, slots)
 
