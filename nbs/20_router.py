@@ -56,9 +56,47 @@ for token in tokens:
     print(chosen, [f"{w:.2f}" for w in weights])
 
 # %% [markdown]
+# ## Experts in groups
+#
+# When experts live on many machines, a token that visits eight of them may have to travel to eight. DeepSeek
+# (V2, arXiv 2405.04434; V3, arXiv 2412.19437) bounds the travel: experts stand in groups, one group to a
+# machine, and a token may only choose from its few best groups. How good a group is for a token is read off
+# its best expert (V2) or its two best (V3).
+
+
+# %%
+#| export
+def choose_in_groups(scores: Tensor, top_k: int, groups: int, top_groups: int, best: int) -> Tensor:
+    """Ids (T, top_k), best first, of the highest `scores` (T, E) among the experts of the `top_groups` best groups.
+
+    A group is a run of E / groups neighbouring experts, as good as the sum of its `best` highest scores."""
+    grouped = scores.unflatten(1, (groups, -1))
+    value = grouped.topk(best, dim=-1).values.sum(dim=-1)
+    closed = torch.ones_like(value, dtype=torch.bool).scatter(1, value.topk(top_groups).indices, False)
+    return grouped.masked_fill(closed.unsqueeze(-1), -torch.inf).flatten(1).topk(top_k).indices
+
+
+# %%
+scores = torch.tensor([[0.9, 0.0, 0.6, 0.5, 0.1, 0.2]])  # three groups of two
+for best in (1, 2):
+    ids = choose_in_groups(scores, top_k=2, groups=3, top_groups=1, best=best)
+    print(f"judged by the best {best}: experts {ids[0].tolist()}")
+
+# %% [markdown]
+# Judged by its single best expert the first group wins, though its second is useless; judged by two, the
+# second group does.
+#
+# What a score is differs too. Where V2 takes the softmax, V3 takes a sigmoid: each expert is scored by
+# itself, and none goes down because another goes up. With 256 experts, softmax scores would be small numbers
+# of very different size, on which a selection bias of one step for all could not act evenly. $\lambda$ scales
+# the weights, so that the experts' part of the layer is as large as the rest:
+#
+# $$p_e = \operatorname{softmax}_e(r \cdot x) \;\text{(V2)} \quad\text{or}\quad p_e = \sigma(r_e \cdot x) \;\text{(V3)},
+#   \qquad w_e = \lambda\, p_e \;\;\text{or}\;\; \lambda\, \frac{p_e}{\sum_{j \in S} p_j}.$$
+#
 # ## All tokens at once
 #
-# Scores, softmax and choice are float32 whatever the model computes in: two experts whose scores differ in
+# Scores and choice are float32 whatever the model computes in: two experts whose scores differ in
 # the fourth digit would tie in bfloat16, and a tie broken differently on two machines is a different model.
 #
 # A bias can choose experts whose probabilities have all underflowed to zero. `TINY` makes their weights zero
@@ -82,14 +120,22 @@ TINY = 1e-20  # far below the rounding of any sum that is not zero
 
 # %%
 #| export
-def route(tokens: Tensor, weight: Tensor, bias: Tensor, top_k: int, renormalise: bool) -> Routed:
-    """Softmax routing of `tokens` (T, H) by `weight` (E, H) with a selection `bias` (E,) in fp32."""
-    probs = torch.softmax(F.linear(tokens.float(), weight.float()), dim=-1)
-    expert_ids = torch.topk(probs.detach() + bias, top_k, dim=-1).indices
-    weights = probs.gather(1, expert_ids)
+def route(
+    tokens: Tensor, weight: Tensor, bias: Tensor, top_k: int, renormalise: bool,
+    sigmoid: bool = False, scale: float = 1.0, groups: int = 1, top_groups: int = 1,
+) -> Routed:  # fmt: skip
+    """Route `tokens` (T, H) by `weight` (E, H), in fp32; `bias` (E,) counts in the choice and `scale` in the weights.
+
+    Experts are scored by the softmax and groups by their best, or with `sigmoid` (DeepSeek-V3, arXiv 2412.19437) by
+    that and by their two best; those scores are divided by their sum to serve as `probs`. See `choose_in_groups`."""
+    logits = F.linear(tokens.float(), weight.float())
+    scores = logits.sigmoid() if sigmoid else logits.softmax(dim=-1)
+    expert_ids = choose_in_groups(scores.detach() + bias, top_k, groups, top_groups, best=2 if sigmoid else 1)
+    weights = scores.gather(1, expert_ids)
     if renormalise:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + TINY)
-    return Routed(weights, expert_ids, probs)
+    probs = scores / (scores.sum(dim=-1, keepdim=True) + TINY) if sigmoid else scores
+    return Routed(weights * scale, expert_ids, probs)
 
 
 # %%
@@ -126,27 +172,34 @@ fig
 #
 # The bias is a buffer, not a parameter: no gradient reaches it. It is saved with the model, because
 # leaving it out would route a resumed run differently. On a GPU [one kernel](13_router_kernel.py) does all of
-# `route`. It multiplies numbers of one dtype, so the weight is rounded to that of the tokens, as all others are;
-# products are added up, and everything after them is computed, in float32 all the same.
+# `route`, unless scores are sigmoids or experts stand in groups. It multiplies numbers of one dtype, so the weight is
+# rounded to that of the tokens, as all others are; products are added up, and everything after them is computed, in
+# float32 all the same.
 
 
 # %%
 #| export
 class Router(nn.Module):
-    """Softmax router of `experts` experts over `hidden` features, choosing `top_k` for each token."""
+    """Router of `experts` experts over `hidden` features; the other settings are those of `route`."""
 
-    def __init__(self, hidden: int, experts: int, top_k: int, renormalise: bool):
+    def __init__(
+        self, hidden: int, experts: int, top_k: int, renormalise: bool,
+        sigmoid: bool = False, scale: float = 1.0, groups: int = 1, top_groups: int = 1,
+    ):  # fmt: skip
         super().__init__()
-        self.top_k, self.renormalise = top_k, renormalise
+        self.top_k, self.renormalise, self.sigmoid, self.scale = top_k, renormalise, sigmoid, scale
+        self.groups, self.top_groups = groups, top_groups
         self.weight = nn.Parameter(torch.empty(experts, hidden))
         self.register_buffer("bias", torch.zeros(experts, dtype=torch.float32))
 
     def forward(self, tokens: Tensor) -> Routed:
         """Route `tokens` (T, hidden)."""
-        if tokens.is_cuda and runs_triton(tokens) and tokens.dtype != torch.float64:
+        on_gpu = tokens.is_cuda and runs_triton(tokens) and tokens.dtype != torch.float64
+        if on_gpu and self.groups == 1 and not self.sigmoid:
             weight = self.weight.to(tokens.dtype)
-            return Routed(*triton_route(tokens, weight, self.top_k, self.bias, self.renormalise)[:3])
-        return route(tokens, self.weight, self.bias, self.top_k, self.renormalise)
+            return Routed(*triton_route(tokens, weight, self.top_k, self.bias, self.renormalise, scale=self.scale)[:3])
+        scoring, groups = (self.renormalise, self.sigmoid, self.scale), (self.groups, self.top_groups)
+        return route(tokens, self.weight, self.bias, self.top_k, *scoring, *groups)
 
 
 # %% [markdown]
@@ -165,88 +218,9 @@ print("gradient norm of each router row:", [f"{g:.3f}" for g in layer.weight.gra
 # chosen rows move. An expert that no token chooses therefore stays unchosen, and a router needs help to
 # keep its experts busy: [balance](21_balance.py).
 #
-# ## Experts in groups
+# ## What groups save
 #
-# When experts live on many machines, a token that visits eight of them may have to travel to eight. DeepSeek
-# (V2, arXiv 2405.04434; V3, arXiv 2412.19437) bounds the travel: experts stand in groups, one group to a
-# machine, and a token may only choose from its few best groups. How good a group is for a token is read off
-# its best expert (V2) or its two best (V3).
-
-
-# %%
-#| export
-def choose_in_groups(scores: Tensor, top_k: int, groups: int, top_groups: int, best: int) -> Tensor:
-    """Ids (T, top_k), best first, of the highest `scores` (T, E) among the experts of the `top_groups` best groups.
-
-    A group is a run of E / groups neighbouring experts, as good as the sum of its `best` highest scores.
-    """
-    grouped = scores.unflatten(1, (groups, -1))
-    value = grouped.topk(best, dim=-1).values.sum(dim=-1)
-    closed = torch.ones_like(value, dtype=torch.bool).scatter(1, value.topk(top_groups).indices, False)
-    return grouped.masked_fill(closed.unsqueeze(-1), -torch.inf).flatten(1).topk(top_k).indices
-
-
-# %%
-scores = torch.tensor([[0.9, 0.0, 0.6, 0.5, 0.1, 0.2]])  # three groups of two
-for best in (1, 2):
-    ids = choose_in_groups(scores, top_k=2, groups=3, top_groups=1, best=best)
-    print(f"judged by the best {best}: experts {ids[0].tolist()}")
-
-# %% [markdown]
-# Judged by its single best expert the first group wins, though its second is useless; judged by two, the
-# second group does.
-#
-# What a score is differs too. Where V2 takes the softmax, V3 takes a sigmoid: each expert is scored by
-# itself, and none goes down because another goes up. With 256 experts, softmax scores would be small numbers
-# of very different size, on which a selection bias of one step for all could not act evenly. $\lambda$ scales
-# the weights, so that the experts' part of the layer is as large as the rest:
-#
-# $$p_e = \operatorname{softmax}_e(r \cdot x) \;\text{(V2)} \quad\text{or}\quad p_e = \sigma(r_e \cdot x) \;\text{(V3)},
-#   \qquad w_e = \lambda\, p_e \;\;\text{or}\;\; \lambda\, \frac{p_e}{\sum_{j \in S} p_j}.$$
-
-
-# %%
-#| export
-class GroupRouter(nn.Module):
-    """DeepSeek's router: `top_k` of `experts` from the `top_groups` best of `groups`, weights times `scale`.
-
-    With `sigmoid` (V3, arXiv 2412.19437) experts are scored by it and groups by their two best; without
-    (V2, arXiv 2405.04434) by the softmax and by their best.
-    """
-
-    def __init__(
-        self, hidden: int, experts: int, top_k: int, groups: int, top_groups: int, sigmoid: bool,
-        renormalise: bool, scale: float,
-    ):  # fmt: skip
-        super().__init__()
-        self.top_k, self.groups, self.top_groups = top_k, groups, top_groups
-        self.sigmoid, self.renormalise, self.scale = sigmoid, renormalise, scale
-        self.weight = nn.Parameter(torch.empty(experts, hidden))
-        self.register_buffer("bias", torch.zeros(experts, dtype=torch.float32))
-
-    def forward(self, tokens: Tensor) -> Routed:
-        """Route `tokens` (T, hidden). Sigmoid scores are divided by their sum to serve as `probs`."""
-        logits = F.linear(tokens.float(), self.weight.float())
-        scores = logits.sigmoid() if self.sigmoid else logits.softmax(dim=-1)
-        best = 2 if self.sigmoid else 1
-        expert_ids = choose_in_groups(scores.detach() + self.bias, self.top_k, self.groups, self.top_groups, best)
-        weights = scores.gather(1, expert_ids)
-        if self.renormalise:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + TINY)
-        probs = scores / (scores.sum(dim=-1, keepdim=True) + TINY) if self.sigmoid else scores
-        return Routed(weights * self.scale, expert_ids, probs)
-
-
-# %% [markdown]
-# With one group it is the plain router; that is how DeepSeek-V2-Lite runs.
-
-# %%
-one_group = GroupRouter(16, 8, top_k=2, groups=1, top_groups=1, sigmoid=False, renormalise=True, scale=1.0)
-one_group.weight = layer.weight
-assert all(torch.equal(a, b) for a, b in zip(one_group(tokens), layer(tokens), strict=True))
-
-# %% [markdown]
-# What the bound saves: 16 experts a group, 8 groups, 8 experts a token. Each bar counts tokens by the number
+# 16 experts a group, 8 groups, 8 experts a token. Each bar counts tokens by the number
 # of groups, and so of machines, that they visit. Free choice spreads a token over five or six, the bound keeps
 # it within three.
 
@@ -255,7 +229,7 @@ torch.manual_seed(0)
 many, weight = torch.randn(4000, 32), torch.randn(128, 32) / 6
 fig, ax = plt.subplots(figsize=(6, 3))
 for offset, top_groups in ((-0.2, 8), (0.2, 3)):
-    router = GroupRouter(32, 128, 8, groups=8, top_groups=top_groups, sigmoid=False, renormalise=False, scale=1.0)
+    router = Router(32, 128, top_k=8, renormalise=False, groups=8, top_groups=top_groups)
     router.weight.data.copy_(weight)
     machines = torch.zeros(4000, 8).scatter_(1, router(many).expert_ids // 16, 1).sum(dim=1).long()
     ax.bar(torch.arange(9) + offset, machines.bincount(minlength=9) / 4000, 0.4, label=f"best {top_groups} of 8 groups")
@@ -265,4 +239,4 @@ ax.legend()
 fig
 
 # %% [markdown]
-# Next: keeping experts busy: [balance](21_balance.py).
+# Yours to do: [route a batch of tokens](exercises/20_router.py). Next: keeping experts busy: [balance](21_balance.py).

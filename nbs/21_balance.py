@@ -22,21 +22,28 @@ from pithtrain.layers.router import Routed
 # ## Load
 #
 # The *load* of an expert is the number of (token, expert) pairs that it gets. Everything else follows
-# from it, so it is counted once.
+# from it, so it is counted once, for each sequence apart; the sum over sequences is that of the whole.
 
 
 # %%
 #| export
-def expert_load(expert_ids: Tensor, experts: int) -> Tensor:
-    """Pairs that each expert gets: (experts,) int64 from `expert_ids` (T, K)."""
-    return torch.bincount(expert_ids.flatten(), minlength=experts)
+def sequence_load(expert_ids: Tensor, sequences: int, experts: int) -> Tensor:
+    """Pairs that each expert gets from each of `sequences` equally long ones, (sequences, experts) int64.
+
+    `expert_ids` (T, K) holds the sequences one after the other."""
+    chosen = expert_ids.reshape(sequences, -1)
+    load = torch.zeros(sequences, experts, dtype=torch.long, device=expert_ids.device)
+    return load.scatter_add_(1, chosen, torch.ones_like(chosen))
 
 
 # %%
 torch.manual_seed(0)
 probs = torch.softmax(torch.randn(64, 8) + torch.linspace(0, 2, 8), dim=1)
 ids = probs.topk(2).indices
-print(expert_load(ids, 8).tolist(), "of", ids.numel(), "pairs")
+load = sequence_load(ids, 4, 8)
+for sequence, row in enumerate(load):
+    print(f"sequence {sequence}:", row.tolist())
+print("together:  ", load.sum(dim=0).tolist(), "of", ids.numel(), "pairs")
 
 # %% [markdown]
 # ## The Switch loss
@@ -58,8 +65,7 @@ def switch_loss(probs: Tensor, load: Tensor) -> Tensor:
     """E * sum_e f_e P_e: P is the mean of `probs` (..., T, E) over T, f is `load` (..., E) over its sum.
 
     A scalar, the mean over leading axes; 1.0 when balanced, E when one expert takes everything.
-    Source: Switch Transformer, arXiv 2101.03961.
-    """
+    Source: Switch Transformer, arXiv 2101.03961."""
     fraction = load.to(probs.dtype) / load.sum(dim=-1, keepdim=True)
     return probs.shape[-1] * (fraction * probs.mean(dim=-2)).sum(dim=-1).mean()
 
@@ -69,7 +75,7 @@ even = torch.full((64, 8), 1 / 8)
 one_takes_all = torch.eye(8)[torch.zeros(64, dtype=torch.long)]
 print("balanced: ", switch_loss(even, torch.full((8,), 16)).item())
 print("collapsed:", switch_loss(one_takes_all, torch.tensor([128, 0, 0, 0, 0, 0, 0, 0])).item())
-print("the skewed router above:", round(switch_loss(probs, expert_load(ids, 8)).item(), 3))
+print("the skewed router above:", round(switch_loss(probs, load.sum(dim=0)).item(), 3))
 
 # %% [markdown]
 # ## Three scopes
@@ -82,43 +88,17 @@ print("the skewed router above:", round(switch_loss(probs, expert_load(ids, 8)).
 #   loosest. Experts may specialise by domain as long as the batch as a whole is balanced. While a step
 #   accumulates, $f$ is counted over the microbatches so far.
 #
-# The sequence form needs a load for each sequence:
-
-
-# %%
-#| export
-def sequence_load(expert_ids: Tensor, sequences: int, experts: int) -> Tensor:
-    """Pairs that each expert gets from each of `sequences` equally long ones, (sequences, experts) int64.
-
-    `expert_ids` (T, K) holds the sequences one after the other.
-    """
-    chosen = expert_ids.reshape(sequences, -1)
-    load = torch.zeros(sequences, experts, dtype=torch.long, device=expert_ids.device)
-    return load.scatter_add_(1, chosen, torch.ones_like(chosen))
-
-
-# %%
-#| export
-def sequence_loss(probs: Tensor, load: Tensor) -> Tensor:
-    """`switch_loss` over each sequence apart, then their mean; `load` (sequences, E) as from `sequence_load`.
-
-    `probs` (T, E) holds the sequences one after the other. Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
-    """
-    return switch_loss(probs.reshape(len(load), -1, probs.shape[-1]), load)
-
-
-# %% [markdown]
 # Four sequences, each of which uses two experts of its own, evenly: each is unbalanced, the batch as a
 # whole is perfectly balanced. The three scopes tell them apart.
 
 # %%
 own = torch.arange(4).repeat_interleave(16)
 ids = torch.stack([2 * own, 2 * own + 1], dim=1)
-probs = torch.zeros(64, 8).scatter_(1, ids, 0.5)
-print("one microbatch of all four:  ", switch_loss(probs, expert_load(ids, 8)).item())
-print("a microbatch of one sequence:", switch_loss(probs[:16], expert_load(ids[:16], 8)).item())
-print("sequence:                    ", sequence_loss(probs, sequence_load(ids, 4, 8)).item())
-print("global over four microbatches:", switch_loss(probs[:16], expert_load(ids, 8)).item())
+probs, load = torch.zeros(64, 8).scatter_(1, ids, 0.5), sequence_load(ids, 4, 8)
+print("one microbatch of all four:  ", switch_loss(probs, load.sum(dim=0)).item())
+print("a microbatch of one sequence:", switch_loss(probs[:16], load[0]).item())
+print("sequence:                    ", switch_loss(probs.view(4, 16, 8), load).item())
+print("global over four microbatches:", switch_loss(probs[:16], load.sum(dim=0)).item())
 
 # %% [markdown]
 # ## All of them, as the trainer wants it
@@ -134,14 +114,14 @@ def balance_loss(routing: list[Routed], load: Tensor, load_so_far: Tensor, coeff
 
     `routing` has an entry a layer; `load` (layers, sequences, E) is that of each sequence of the microbatch,
     `load_so_far` (layers, E) that of the whole step up to and with this microbatch. A rank that holds only
-    part of the tokens gives the loads of all of them, and gets its part of the loss.
-    """
+    part of the tokens gives the loads of all of them, and gets its part of the loss. Sources: arXiv 2101.03961,
+    2412.19437 (over sequences), 2501.11873 (over the global batch)."""
     total = torch.zeros((), device=load.device)
     for routed, own, step_load in zip(routing, load, load_so_far, strict=True):
         if coefficients.micro_batch:
             total = total + coefficients.micro_batch * switch_loss(routed.probs, own.sum(dim=0))
         if coefficients.sequence:
-            total = total + coefficients.sequence * sequence_loss(routed.probs, own)
+            total = total + coefficients.sequence * switch_loss(routed.probs.unflatten(0, (len(own), -1)), own)
         if coefficients.global_batch:
             total = total + coefficients.global_batch * switch_loss(routed.probs, step_load)
     return total
@@ -149,7 +129,7 @@ def balance_loss(routing: list[Routed], load: Tensor, load_so_far: Tensor, coeff
 
 # %%
 routed = Routed(probs, ids, probs)
-load = sequence_load(ids, 4, 8)[None]
+load = load[None]
 for coefficients in (BalanceConfig(sequence=0.01, global_batch=0.0), BalanceConfig(global_batch=0.01)):
     print(coefficients, round(balance_loss([routed], load, load.sum(dim=1), coefficients).item(), 4))
 
@@ -170,8 +150,7 @@ for coefficients in (BalanceConfig(sequence=0.01, global_batch=0.0), BalanceConf
 def update_bias(bias: Tensor, load: Tensor, rate: float) -> None:
     """Move the selection `bias` (E,), in place, by `rate` towards experts with less than the mean `load`.
 
-    Source: auxiliary-loss-free balancing, arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437.
-    """
+    Source: auxiliary-loss-free balancing, arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437."""
     bias += rate * torch.sign(load.float().mean() - load.float())
 
 
@@ -191,7 +170,7 @@ history = []
 for _ in range(150):
     tokens = torch.randn(1024, 16)
     tokens[:, 0] = 1.0
-    load = expert_load(route(tokens, weight, bias, 2, True).expert_ids, experts)
+    load = sequence_load(route(tokens, weight, bias, 2, True).expert_ids, 1, experts)[0]
     history.append(load / load.sum() * experts)
     update_bias(bias, load, rate=0.003)
 fig, ax = plt.subplots(figsize=(6.5, 3.5))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pithtrain.kernels.expert_mlp import triton_expert_mlp
-from pithtrain.kernels.lang import runs_triton
+from pithtrain.kernels.lang import runs_triton, wanted
 
 # %% [markdown]
 # ## The maths
@@ -130,9 +130,11 @@ class ExpertMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         tokens, order, rows, pair_weights, pre, gate_up, down = ctx.saved_tensors
+        wants_tokens, _, wants_weights, wants_gate_up, wants_down = wanted(ctx)
         grad_tokens = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
         grad_weights = torch.zeros(len(order), dtype=torch.float32, device=tokens.device)
-        grad_gate_up, grad_down = torch.zeros_like(gate_up), torch.zeros_like(down)
+        grad_gate_up = torch.zeros_like(gate_up) if wants_gate_up else None
+        grad_down = torch.zeros_like(down) if wants_down else None
         for expert in range(gate_up.shape[0]):
             run = slice(ctx.ends[expert], ctx.ends[expert + 1])
             if run.start == run.stop:
@@ -142,15 +144,19 @@ class ExpertMLP(torch.autograd.Function):
             w, silu = pair_weights[run], F.silu(gate)
             activated = silu * up
             grad_activated = grad_y @ down[expert]
-            grad_weights[order[run]] = torch.linalg.vecdot(grad_activated.float(), activated.float())
-            torch.mm(grad_y.t(), activated.mul_(w), out=grad_down[expert])
+            if wants_weights:
+                grad_weights[order[run]] = torch.linalg.vecdot(grad_activated.float(), activated.float())
+            if wants_down:
+                torch.mm(grad_y.t(), activated.mul_(w), out=grad_down[expert])
             grad_activated.mul_(w)
             grad_pre = torch.empty_like(pre[run])
             grad_gate, grad_up = grad_pre.chunk(2, dim=-1)
             torch.mul(grad_activated, silu, out=grad_up)
             grad_gate.copy_(torch.ops.aten.silu_backward(grad_activated.mul_(up), gate))
-            torch.mm(grad_pre.t(), x, out=grad_gate_up[expert])
-            grad_tokens.index_add_(0, rows[run], (grad_pre @ gate_up[expert]).float())
+            if wants_gate_up:
+                torch.mm(grad_pre.t(), x, out=grad_gate_up[expert])
+            if wants_tokens:
+                grad_tokens.index_add_(0, rows[run], (grad_pre @ gate_up[expert]).float())
         grad_weights = grad_weights.view(ctx.weights_shape).to(ctx.weights_dtype)
         return grad_tokens.to(tokens.dtype), None, grad_weights, grad_gate_up, grad_down
 
@@ -237,8 +243,7 @@ class Experts(nn.Module):
     def forward(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """For each token the weighted sum of its experts' outputs: (T, H) in the dtype of `tokens` (T, H).
 
-        `expert_ids` (T, K), -1 for a pair that is not computed here; `weights` (T, K), fp32.
-        """
+        `expert_ids` (T, K), -1 for a pair that is not computed here; `weights` (T, K), fp32."""
         gate_up, down = self.gate_up.to(tokens.dtype), self.down.to(tokens.dtype)
         run = triton_expert_mlp if kernels_take(tokens, down.shape[2]) else ExpertMLP.apply
         return run(tokens, expert_ids, weights, gate_up, down)
@@ -249,5 +254,7 @@ layer = Experts(16, 4, 24)
 print(", ".join(f"{name} {tuple(p.shape)}" for name, p in layer.named_parameters()))
 
 # %% [markdown]
+# Yours to do: [experts without wasted work](exercises/22_experts.py).
+#
 # Next: the parts of the layer that are not an MLP: [linear](23_linear.py), [norm](24_norm.py),
 # [positions](25_rotary.py) and [attention](26_attention.py).

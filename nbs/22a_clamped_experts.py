@@ -117,14 +117,10 @@ def clamped_pairs(
 class ClampedExperts(nn.Module):
     """`experts` clamped SwiGLU MLPs with biases, of width `expert_hidden`, stacked. Source: arXiv 2508.10925.
 
-    Both widths are multiples of 8: `grouped_mm` wants rows of whole 16 bytes. Raises ValueError otherwise.
-    """
+    Both widths are multiples of 8: `grouped_mm` wants rows of whole 16 bytes. `GptOssConfig` sees to it."""
 
     def __init__(self, hidden: int, experts: int, expert_hidden: int):
         super().__init__()
-        for name, width in (("hidden", hidden), ("expert_hidden", expert_hidden)):
-            if width % 8:
-                raise ValueError(f"{name}: {width} is not a multiple of 8, which clamped experts need")
         self.gate_up = nn.Parameter(torch.empty(experts, 2 * expert_hidden, hidden))
         self.gate_up_bias = nn.Parameter(torch.zeros(experts, 2 * expert_hidden))
         self.down = nn.Parameter(torch.empty(experts, hidden, expert_hidden))
@@ -133,14 +129,12 @@ class ClampedExperts(nn.Module):
     def forward(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """For each token the weighted sum of its experts' outputs: (T, H) in the dtype of `tokens` (T, H).
 
-        `expert_ids` (T, K), -1 for a pair that is not computed here; `weights` (T, K), fp32.
-        """
-        gate_up, gate_up_bias, down, down_bias = (
-            parameter.to(tokens.dtype) for parameter in (self.gate_up, self.gate_up_bias, self.down, self.down_bias)
-        )
+        `expert_ids` (T, K), -1 for a pair that is not computed here; `weights` (T, K), fp32."""
+        parameters = self.gate_up, self.down, self.gate_up_bias, self.down_bias
+        gate_up, down, bias, down_bias = (parameter.to(tokens.dtype) for parameter in parameters)
         ids = expert_ids.where(expert_ids >= 0, len(down))
         run = triton_expert_mlp if kernels_take(tokens, down.shape[2]) else clamped_pairs
-        output = run(tokens, expert_ids, weights, gate_up, down, bias=gate_up_bias)
+        output = run(tokens, expert_ids, weights, gate_up, down, bias=bias)
         shares = weights.new_zeros(len(tokens), len(down) + 1).scatter_add(1, ids, weights)[:, :-1]
         return torch.addmm(output.float(), shares.float(), down_bias.float()).to(tokens.dtype)
 

@@ -21,14 +21,16 @@ from torch import Tensor, nn
 # %%
 #| export
 class Linear(nn.Linear):
-    """`nn.Linear` without bias, whose weight (out, in) is converted to the dtype of the input."""
+    """`nn.Linear` whose weight (out, in) and `bias`, if any, are converted to the dtype of the input."""
 
-    def __init__(self, features_in: int, features_out: int):
-        super().__init__(features_in, features_out, bias=False)
+    def __init__(self, features_in: int, features_out: int, bias: bool = False):
+        super().__init__(features_in, features_out, bias)
+        if bias:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype of `x`."""
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 # %% [markdown]
@@ -48,9 +50,9 @@ for dtype in (torch.float32, torch.bfloat16):
 # arrives in float32:
 
 # %%
-layer = Linear(4, 3)
+layer = Linear(4, 3, bias=True)
 layer(torch.randn(2, 4, dtype=torch.bfloat16)).sum().backward()
-print(layer.weight.grad.dtype)
+print(layer.weight.grad.dtype, layer.bias.grad.dtype)
 
 # %% [markdown]
 # Next: what is made of three of them, the [gated MLP](23a_mlp.py).

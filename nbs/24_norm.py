@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pithtrain.kernels.lang import wanted
+
 # %% [markdown]
 # The smallest true implementation is that line. The mean of squares is taken in float32 whatever the
 # input is: bfloat16 has 8 bits of mantissa, too few to sum thousands of squares.
@@ -61,32 +63,41 @@ class RMSNormFunction(torch.autograd.Function):
         unit = x.float() * inverse
         grad32 = grad.float()
         features = x.shape[-1]
-        grad_weight = torch.linalg.vecdot(grad32.reshape(-1, features), unit.reshape(-1, features), dim=0)
-        grad_unit = grad32 * weight
-        mean = torch.linalg.vecdot(grad_unit, unit).unsqueeze(-1) / features
-        grad_x = grad_unit.addcmul_(unit, mean, value=-1).mul_(inverse)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+        wants_x, wants_weight = wanted(ctx)
+        grad_x = grad_weight = None
+        if wants_weight:
+            grad_weight = torch.linalg.vecdot(grad32.reshape(-1, features), unit.reshape(-1, features), dim=0)
+            grad_weight = grad_weight.to(weight.dtype)
+        if wants_x:
+            grad_unit = grad32 * weight
+            mean = torch.linalg.vecdot(grad_unit, unit).unsqueeze(-1) / features
+            grad_x = grad_unit.addcmul_(unit, mean, value=-1).mul_(inverse).to(x.dtype)
+        return grad_x, grad_weight, None
 
 
 # %% [markdown]
 # On a GPU torch has one kernel for all of it, forward, and two backward; on a CPU it has none.
+#
+# Some families store the scale as its difference from 1 (an `offset` of 1): $y = (1 + g) \odot \hat x$. The function is
+# the same. What differs is where weight decay, if applied to it, would pull: to a plain normalisation, not to silence.
 
 
 # %%
 #| export
 class RMSNorm(nn.Module):
-    """RMSNorm over the last axis, of `features` features."""
+    """RMSNorm over the last axis, of `features` features, scaled by `offset` + weight; the scale begins at 1."""
 
-    def __init__(self, features: int, eps: float):
+    def __init__(self, features: int, eps: float, offset: float = 0.0):
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(features))
+        self.eps, self.offset = eps, offset
+        self.weight = nn.Parameter(torch.full((features,), 1.0 - offset))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` (..., features); the dtype stays."""
+        scale = self.offset + self.weight if self.offset else self.weight
         if x.is_cuda:
-            return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
-        return RMSNormFunction.apply(x, self.weight, self.eps)
+            return F.rms_norm(x, x.shape[-1:], scale.to(x.dtype), self.eps)
+        return RMSNormFunction.apply(x, scale, self.eps)
 
 
 # %%
@@ -99,6 +110,9 @@ ours = (norm(x), *torch.autograd.grad(norm(x), (x, norm.weight), seed))
 y = rms_norm_reference(x, norm.weight, 1e-6)
 for a, b in zip(ours, (y, *torch.autograd.grad(y, (x, norm.weight), seed)), strict=True):
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+around_zero = RMSNorm(64, eps=1e-6, offset=1.0)
+around_zero.weight.data.copy_(norm.weight.data - 1)
+torch.testing.assert_close(around_zero(x), y, rtol=1e-5, atol=1e-5)
 
 # %% [markdown]
 # Before and after, for tokens of very different size:

@@ -13,6 +13,7 @@
 # %%
 #| export
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,39 +138,44 @@ assert torch.equal(rotate_pairs(query[..., neighbours], *table), rotate(query, *
 
 # %%
 #| export
-def yarn_frequencies(
-    head_dim: int, theta: float, factor: float, original_length: int, beta_fast: float = 32.0,
-    beta_slow: float = 1.0, truncate: bool = True, device: torch.device | None = None,
-) -> Tensor:  # fmt: skip
-    """`frequencies` for a context `factor` times the `original_length` (in positions) of training.
+class Yarn(NamedTuple):
+    """A context of `factor` times the training `length`, in positions; see `yarn_frequencies`."""
 
-    Pairs of more than `beta_fast` turns in that length keep theirs, pairs of fewer than `beta_slow` are slowed
-    by `factor`; `truncate` rounds the ends of the ramp between them to whole pairs. Source: arXiv 2309.00071.
-    """
-    plain = frequencies(head_dim, theta, device)
+    factor: float
+    length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+# %%
+#| export
+def yarn_frequencies(head_dim: int, theta: float, yarn: Yarn, device: torch.device | None = None) -> Tensor:
+    """`frequencies` for a context that `yarn` stretches.
+
+    Pairs of more than `beta_fast` turns in its `length` keep theirs, pairs of fewer than `beta_slow` are slowed
+    by `factor`; `truncate` rounds the ends of the ramp between them to whole pairs. Source: arXiv 2309.00071."""
+    factor, length, *betas, truncate = yarn
+    plain, pairs = frequencies(head_dim, theta, device), torch.arange(head_dim // 2, device=device).float()
     if factor == 1:
         return plain
-    fast, slow = (
-        head_dim * math.log(original_length / (2 * math.pi * beta)) / (2 * math.log(theta))
-        for beta in (beta_fast, beta_slow)
-    )
+    fast, slow = (head_dim * math.log(length / (2 * math.pi * beta)) / (2 * math.log(theta)) for beta in betas)
     if truncate:
         fast, slow = math.floor(fast), math.ceil(slow)
     fast, slow = max(fast, 0), min(slow, head_dim - 1)
-    pairs = torch.arange(head_dim // 2, device=device, dtype=torch.float32)
     # The order of these roundings is that of published code: the result equals it to the bit.
     keep = 1 - ((pairs - fast) / (slow - fast or 0.001)).clamp(0, 1)
-    slowed = 1.0 / (factor * theta ** (torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim))
+    slowed = 1.0 / (factor * theta ** (2 * pairs / head_dim))
     return slowed * (1 - keep) + plain * keep
 
 
 # %%
 fig, ax = plt.subplots(figsize=(6.5, 3))
-for name, options in (
-    ("DeepSeek-V3, 4,096 positions to 40 times as many", {"theta": 10_000.0, "factor": 40.0}),
-    ("GPT-OSS, 4,096 to 32 times as many", {"theta": 150_000.0, "factor": 32.0, "truncate": False}),
+for name, theta, yarn in (
+    ("DeepSeek-V3, 4,096 positions to 40 times as many", 10_000.0, Yarn(40.0, 4096)),
+    ("GPT-OSS, 4,096 to 32 times as many", 150_000.0, Yarn(32.0, 4096, truncate=False)),
 ):
-    kept = yarn_frequencies(64, original_length=4096, **options) / frequencies(64, options["theta"])
+    kept = yarn_frequencies(64, theta, yarn) / frequencies(64, theta)
     ax.semilogy(kept, "o-", ms=3, label=name)
 ax.set(title="YaRN slows the slow pairs and leaves the fast alone", xlabel="pair", ylabel="frequency, scaled / plain")
 ax.legend(fontsize=8, loc="lower left")
@@ -202,12 +208,10 @@ for factor in (1, 4, 32, 40):
 # %%
 #| export
 def yarn_table(
-    positions: Tensor, head_dim: int, theta: float, factor: float, original_length: int, beta_fast: float = 32.0,
-    beta_slow: float = 1.0, truncate: bool = True, magnitude: float = 1.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    positions: Tensor, head_dim: int, theta: float, yarn: Yarn, magnitude: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """`rotary_table` with `yarn_frequencies`, cosines and sines multiplied by `magnitude`."""
-    turns = yarn_frequencies(head_dim, theta, factor, original_length, beta_fast, beta_slow, truncate, positions.device)
-    angles = positions.float().unsqueeze(-1) * turns
+    angles = positions.float().unsqueeze(-1) * yarn_frequencies(head_dim, theta, yarn, positions.device)
     return angles.cos() * magnitude, angles.sin() * magnitude
 
 
@@ -217,7 +221,7 @@ def yarn_table(
 
 # %%
 positions = torch.arange(4 * 4096)
-plain, stretched = rotary_table(positions, 64, 10_000.0), yarn_table(positions, 64, 10_000.0, 4.0, 4096)
+plain, stretched = rotary_table(positions, 64, 10_000.0), yarn_table(positions, 64, 10_000.0, Yarn(4.0, 4096))
 fig, ax = plt.subplots(figsize=(6.5, 3))
 ax.plot(plain[0][:, -4], label="plain")
 ax.plot(stretched[0][:, -4], label="YaRN")

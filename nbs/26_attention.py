@@ -13,7 +13,7 @@
 
 # %%
 #| export
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ torch.testing.assert_close(fast, attention_reference(q, k, v))
 #
 # What a layer computes around attention (projections, norms, rotation) does not depend on where the keys
 # are. How queries meet keys does: on one rank, or with each sequence spread over several. So a layer is
-# given its *core*, an object with the methods below, and does not ask which one it is.
+# given its *core*, an object with the methods of `OneRank` below, and does not ask which one it is.
 #
 # Three things may narrow or change what a query sees. *Documents* packed into one row must not see each
 # other. A *window* lets a query see its nearest keys alone. A *sink* is a learned logit in each head's
@@ -68,62 +68,15 @@ torch.testing.assert_close(fast, attention_reference(q, k, v))
 # ranks should be the small latents, not the keys made of them.
 
 
-# %%
-#| export
-class AttentionCore(Protocol):
-    """How queries meet keys. A rank holds whole sequences, or (context parallel) its share of each."""
-
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        documents: Tensor | None = None,
-        window: int | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """Causal attention: q (B, heads, S, D), k (B, kv_heads, L, D), v (B, kv_heads, L, Dv) -> (B, heads, S, Dv).
-
-        With L > S the queries are the last S of the L positions (decoding with a cache; no documents then).
-        documents: (N + 1,) integers, best kept on the CPU: where the packed documents begin in the tokens of
-        all rows laid end to end, the start of each row included, and last the number of tokens. Where ranks
-        share each sequence, rows are whole sequences here. window: a query sees itself and the window - 1 keys
-        before it. sinks: (heads,) the logit of a key without a value.
-        """
-        ...
-
-    def attend_latent(
-        self, q: Tensor, latent: Tensor, key_rope: Tensor, expand: Tensor, scale: float, documents: Tensor | None = None
-    ) -> Tensor:
-        """Multi-head latent attention: q (B, heads, S, Dn + Dr), latent (B, L, R), key_rope (B, L, Dr).
-
-        expand (heads, Dn + Dv, R) makes each head's unrotated key and value of a latent; all heads share
-        key_rope. Returns (B, heads, S, Dv).
-        """
-        ...
-
-    def whole_sequence(self, x: Tensor) -> Tensor:
-        """(B, S, heads, D) of this rank's tokens -> (B, all tokens in order, this rank's share of heads, D)."""
-        ...
-
-    def own_sequence(self, x: Tensor) -> Tensor:
-        """The way back from `whole_sequence`."""
-        ...
-
-    def held(self, heads: int) -> slice:
-        """Which of so many heads are this rank's share in `whole_sequence`."""
-        ...
-
-
 # %% [markdown]
-# Latents are expanded by one matrix product; the rotated part of the key is the same for all heads.
+# The latents of latent attention are expanded by one matrix product; the rotated part of the key is the same for all
+# heads.
 
 
 # %%
 #| export
 def expand_latent(latent: Tensor, key_rope: Tensor, expand: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Keys (B, heads, L, head_dim) and values (B, heads, L, Dv) of latents; see `AttentionCore.attend_latent`."""
+    """Keys (B, heads, L, head_dim) and values (B, heads, L, Dv) of latents; see `OneRank.attend_latent`."""
     heads, unrotated = expand.shape[0], head_dim - key_rope.shape[-1]
     both = F.linear(latent, expand.flatten(0, 1).to(latent.dtype)).unflatten(-1, (heads, -1)).transpose(1, 2)
     shared = key_rope.unsqueeze(1).expand(-1, heads, -1, -1)
@@ -141,19 +94,19 @@ def expand_latent(latent: Tensor, key_rope: Tensor, expand: Tensor, head_dim: in
 # %%
 #| export
 class OneRank:
-    """The core of a rank that holds whole sequences."""
+    """How queries meet keys on a rank that holds whole sequences; on others see `Ring`, which has the same methods."""
 
     def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        documents: Tensor | None = None,
-        window: int | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """See `AttentionCore`. Raises ValueError for documents beside a cache."""
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float,
+        documents: Tensor | None = None, window: int | None = None, sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Causal attention: q (B, heads, S, D), k (B, kv_heads, L, D), v (B, kv_heads, L, Dv) -> (B, heads, S, Dv).
+
+        With L > S the queries are the last S of the L positions (decoding with a cache; ValueError for documents then).
+        documents: (N + 1,) integers, best kept on the CPU: where the packed documents begin in the tokens of
+        all rows laid end to end, the start of each row included, and last the number of tokens. Where ranks
+        share each sequence, rows are whole sequences here. window: a query sees itself and the window - 1 keys
+        before it. sinks: (heads,) the logit of a key without a value."""
         rows, queries, keys = q.shape[0], q.shape[2], k.shape[2]
         if documents is None and window is None and sinks is None and queries in (1, keys):
             return F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, scale=scale, enable_gqa=True)
@@ -166,20 +119,26 @@ class OneRank:
     def attend_latent(
         self, q: Tensor, latent: Tensor, key_rope: Tensor, expand: Tensor, scale: float, documents: Tensor | None = None
     ) -> Tensor:
-        """See `AttentionCore`."""
+        """Multi-head latent attention: q (B, heads, S, Dn + Dr), latent (B, L, R), key_rope (B, L, Dr).
+
+        expand (heads, Dn + Dv, R) makes each head's unrotated key and value of a latent; all heads share
+        key_rope. Returns (B, heads, S, Dv)."""
         return self.attend(q, *expand_latent(latent, key_rope, expand, q.shape[-1]), scale, documents)
 
     def whole_sequence(self, x: Tensor) -> Tensor:
-        """Nothing to do: every rank holds whole sequences."""
+        """(B, S, heads, D) of this rank's tokens -> (B, all tokens in order, this rank's share of heads, D)."""
         return x
 
     def own_sequence(self, x: Tensor) -> Tensor:
-        """Nothing to do."""
+        """The way back from `whole_sequence`."""
         return x
 
     def held(self, heads: int) -> slice:
-        """All of them."""
+        """Which of so many heads are this rank's share in `whole_sequence`."""
         return slice(0, heads)
+
+
+AttentionCore = OneRank
 
 
 # %% [markdown]
@@ -222,7 +181,7 @@ class Sequences(NamedTuple):
     """(S, R / 2) or (B, S, R / 2) fp32: the rotary table of the tokens' positions."""
     sin: Tensor
     documents: Tensor | None = None
-    """Where packed documents begin: see `AttentionCore.attend`."""
+    """Where packed documents begin: see `OneRank.attend`."""
 
 
 # %%
@@ -260,14 +219,9 @@ class Attention(nn.Module):
     """Causal grouped-query attention with RMSNorm on queries and keys (Qwen3, arXiv 2505.09388)."""
 
     def __init__(
-        self,
-        hidden: int,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        norm_eps: float,
+        self, hidden: int, heads: int, kv_heads: int, head_dim: int, norm_eps: float,
         core: AttentionCore = OneRank(),  # noqa: B008 (it holds no state)
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.head_dim = head_dim
         self.core = core

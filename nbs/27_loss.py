@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pithtrain.kernels.cross_entropy import row_losses
+from pithtrain.kernels.lang import wanted
 
 # %% [markdown]
 # ## The maths
@@ -42,6 +43,9 @@ def cross_entropy_reference(hidden, weight, targets):
 # only scales. How a chunk's logits turn into losses, and in the same memory into their gradient, is the business
 # of [a kernel](14_cross_entropy.py). On a CPU a chunk's logits stay in the cache: that is faster as well as smaller. On
 # a GPU a chunk is what fills the device, half a GiB in bf16, little beside the weights.
+#
+# The price is that $\bar W$ exists from the forward on, in fp32 and as large as the head, for every loss whose backward
+# is still to come. In a [pipeline](56_describe.py) that is one for each live microbatch of the last stage.
 
 
 # %%
@@ -73,7 +77,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.weight_dtype), None, None, None
+        wants_hidden, wants_weight, _ = wanted(ctx)
+        grad_hidden = grad_hidden * grad.to(grad_hidden.dtype) if wants_hidden else None
+        return grad_hidden, (grad_weight * grad).to(ctx.weight_dtype) if wants_weight else None, None, None, None
 
 
 # %%
@@ -83,8 +89,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_
 
     `hidden` (T, H), `weight` (V, H), `targets` (T,) int64 with -100 for tokens that do not count. At most
     `chunk_elements` logits exist at a time, 2**28 on CUDA and 2**21 elsewhere. Differentiable once in `hidden` and
-    `weight`.
-    """
+    `weight`."""
     rows = (chunk_elements or (1 << 28 if hidden.is_cuda else 1 << 21)) // weight.shape[0]
     rows = rows // 128 * 128 or max(1, rows)
     training = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)

@@ -17,7 +17,7 @@
 import torch
 from torch import Tensor, nn
 
-from pithtrain.layers.attention import AttentionCore, Cache, OneRank, Sequences
+from pithtrain.layers.attention import AttentionCore, Cache, Sequences
 from pithtrain.layers.linear import Linear
 from pithtrain.layers.norm import RMSNorm
 from pithtrain.layers.rotary import rotate_pairs
@@ -55,6 +55,8 @@ def latent_attention_reference(q, latent, key_rope, expand, scale):
 # are needed: for a whole sequence at once that is the cheaper way.
 
 # %%
+from pithtrain.layers.attention import OneRank
+
 torch.manual_seed(0)
 q, latent, key_rope = torch.randn(1, 2, 10, 8 + 4), torch.randn(1, 10, 16), torch.randn(1, 10, 4)
 expand = torch.randn(2, 8 + 6, 16) / 4
@@ -74,8 +76,7 @@ class LatentAttention(nn.Module):
     """Multi-head latent attention (arXiv 2405.04434).
 
     A head's query and key have `head_dim` unrotated and `rope_dim` rotated features, its value `value_dim`.
-    Keys and values come from `latent_rank` features a token; queries from `query_rank`, or directly if it is 0.
-    """
+    Keys and values come from `latent_rank` features a token; queries from `query_rank`, or directly if it is 0."""
 
     def __init__(
         self, hidden: int, heads: int, head_dim: int, rope_dim: int, value_dim: int, latent_rank: int,

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pithtrain.layers.attention import AttentionCore, OneRank, Sequences
+from pithtrain.layers.attention import AttentionCore, Cache, OneRank, Sequences
 from pithtrain.layers.linear import Linear
 from pithtrain.layers.norm import RMSNorm
 
@@ -142,21 +142,14 @@ print(ages(documents, 2, 8).tolist())
 # %%
 #| export
 def gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_a: Tensor,
-    b: Tensor,
-    state: Tensor | None = None,
-    age: Tensor | None = None,
-    chunk: int = 64,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor,
+    state: Tensor | None = None, age: Tensor | None = None, chunk: int = 64,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Outputs (B, S, heads, Dv) in the dtype of `v`, and the last state (B, heads, Dv, Dk) fp32.
 
     q, k (B, S, heads, Dk), v (B, S, heads, Dv), log_a and b (B, S, heads), age (B, S) from `ages` where rows hold
     several documents. `state` is the memory before the first token; tokens that have the age to, see it.
-    Computed in fp32, `chunk` tokens at a time. Sources: arXiv 2406.06484 (chunks), arXiv 2412.06464 (gate).
-    """
+    Computed in fp32, `chunk` tokens at a time. Sources: arXiv 2406.06484 (chunks), arXiv 2412.06464 (gate)."""
     sequence, dtype = v.shape[1], v.dtype
     chunk = min(chunk, sequence)
     padding = -sequence % chunk
@@ -257,8 +250,7 @@ for chunk in (1, 8, 16, 32, 64, 128, 256):
 def short_convolution(x: Tensor, taps: Tensor, before: Tensor | None = None, age: Tensor | None = None) -> Tensor:
     """Causal convolution along S, apart for each feature: x (B, S, heads, D), taps (K, heads, D), the last tap newest.
 
-    `before` (B, K - 1, heads, D): inputs ahead of the first, zeros if None. `age` (B, S): see `ages`.
-    """
+    `before` (B, K - 1, heads, D): inputs ahead of the first, zeros if None. `age` (B, S): see `ages`."""
     count, sequence = len(taps), x.shape[1]
     padded = F.pad(x, (0, 0, 0, 0, count - 1, 0)) if before is None else torch.cat([before, x], dim=1)
     y = x * taps[-1].to(x.dtype)
@@ -300,30 +292,13 @@ print(
 
 # %%
 #| export
-class DeltaCache:
-    """What a `GatedDeltaNet` keeps of earlier tokens: its memory and the last inputs of the convolution."""
-
-    def __init__(self) -> None:
-        self.before: Tensor | None = None
-        self.state: Tensor | None = None
-
-
-# %%
-#| export
 class GatedDeltaNet(nn.Module):
     """Linear attention by the gated delta rule, in the form of Qwen3.5 (arXiv 2412.06464)."""
 
     def __init__(
-        self,
-        hidden: int,
-        key_heads: int,
-        value_heads: int,
-        key_dim: int,
-        value_dim: int,
-        taps: int,
-        norm_eps: float,
-        core: AttentionCore = OneRank(),
-    ):
+        self, hidden: int, key_heads: int, value_heads: int, key_dim: int, value_dim: int, taps: int,
+        norm_eps: float, core: AttentionCore = OneRank(),
+    ):  # fmt: skip
         super().__init__()
         self.key_heads, self.value_heads, self.key_dim, self.value_dim = key_heads, value_heads, key_dim, value_dim
         self.core = core
@@ -343,7 +318,7 @@ class GatedDeltaNet(nn.Module):
         """(..., all queries | all keys | all values) -> (..., key_heads, a query | a key | the values it serves)."""
         return torch.cat([part.unflatten(-1, (self.key_heads, -1)) for part in x.split(self.channels, dim=-1)], dim=-1)
 
-    def forward(self, x: Tensor, sequences: Sequences, cache: DeltaCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, sequences: Sequences, cache: Cache | None = None) -> Tensor:
         """(B, S, hidden) to the same; with a `cache`, x continues one document's tokens seen before."""
         a, b = self.decay(x).float(), self.strength(x).float()
         log_a = -self.A_log.exp() * F.softplus(a + self.dt_bias)
@@ -353,11 +328,10 @@ class GatedDeltaNet(nn.Module):
         mixed = self.core.whole_sequence(self.by_key_head(self.qkv(x)))
         taps = self.by_key_head(self.convolution.flatten(1).t())[:, self.core.held(self.key_heads)]
         age = None if sequences.documents is None else ages(sequences.documents, *mixed.shape[:2]).to(x.device)
-        before, state = (None, None) if cache is None else (cache.before, cache.state)
+        before, state = (cache and cache.kept) or (None, None)
         if cache is not None:
             recent = mixed if before is None else torch.cat([before, mixed], dim=1)
-            kept = len(taps) - 1
-            cache.before = F.pad(recent, (0, 0, 0, 0, kept, 0))[:, recent.shape[1] :]
+            recent = F.pad(recent, (0, 0, 0, 0, len(taps) - 1, 0))[:, recent.shape[1] :]
         # In fp32, as the rule is: rounding each tap's product to bfloat16 would outweigh every other rounding here.
         mixed = F.silu(short_convolution(mixed.float(), taps, before, age))
 
@@ -368,7 +342,7 @@ class GatedDeltaNet(nn.Module):
         q, k = (t.repeat_interleave(served, dim=2) for t in (q * self.key_dim**-0.5, k))
         o, state = gated_delta_rule(q, k, v, log_a, b, state, age)
         if cache is not None:
-            cache.state = state
+            cache.kept = recent, state
         o = self.norm(self.core.own_sequence(o.to(x.dtype))).flatten(2)
         return self.output(o * F.silu(self.gate(x)))
 
@@ -384,7 +358,7 @@ for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.3)
 x, nothing = torch.randn(2, 30, 32), torch.zeros(0)
 sequences = Sequences(nothing, nothing)  # the rule has an order of its own: no rotary table is read
-cache = DeltaCache()
+cache = Cache()
 with torch.no_grad():
     whole = layer(x, sequences)
     pieces = [layer(x[:, :21], sequences, cache)] + [layer(x[:, t : t + 1], sequences, cache) for t in range(21, 30)]

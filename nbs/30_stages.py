@@ -26,10 +26,10 @@
 #| export
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pithtrain.layers.attention import AttentionCore, Cache, OneRank, Sequences
@@ -44,29 +44,27 @@ from pithtrain.layers.router import Routed
 
 # %%
 #| export
-class Layer(Protocol):
-    """A decoder layer in stages. H features, T tokens, K = top_k."""
+class Layer(nn.Module):
+    """A decoder layer in stages. H features, T tokens, K = top_k.
+
+    A family defines `attend`, and `experts`: stage 3, which gives for each of its tokens (Q, H) the weighted sum over
+    those of its `expert_ids` (Q, K) that live here, from `weights` (Q, K): (Q, H)."""
 
     def attend(
         self, hidden: Tensor, sequences: Sequences, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor, Routed | None]:
         """Stage 1. The new residual (batch, sequence, H), the normalised tokens (T, H), where they go.
 
-        A dense layer has nothing to route: it returns its output as the residual, and None.
-        """
-        ...
-
-    def experts(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        """Stage 3. For each of `tokens` the weighted sum over its experts that live here: (T, H)."""
-        ...
+        A dense layer has nothing to route: it returns its output as the residual, and None."""
+        raise NotImplementedError
 
     def aggregate(self, residual: Tensor, expert_output: Tensor) -> Tensor:
         """Stage 5. The layer's output (batch, sequence, H) from the residual and (T, H)."""
-        ...
+        return residual + expert_output.view_as(residual)
 
     def new_cache(self) -> Cache:
-        """What the layer keeps of the tokens it has seen, while text is generated."""
-        ...
+        """For what the layer's attention keeps of the tokens it has seen, while text is generated."""
+        return Cache()
 
 
 # %% [markdown]
@@ -89,40 +87,29 @@ class Arrived(NamedTuple):
     weights: Tensor  #: (Q, K) fp32
 
 
-class Exchange(Protocol):
-    """Stages 2 and 4."""
+# %%
+#| export
+class Exchange:
+    """Stages 2 and 4: as it stands, on a rank that holds every expert."""
 
     def share(self, experts: int) -> range:
         """Those of a layer's experts that live on this rank."""
-        ...
+        return range(experts)
 
     def announce(self, routed: Routed) -> object:
         """Ahead of stage 2: ranks tell each other how many rows they will send. Nothing here waits for it."""
-        ...
+        return None
 
     def dispatch(self, tokens: Tensor, routed: Routed, announced: object) -> tuple[Arrived, object]:
         """Stage 2: `tokens` (T, H) travel to their experts. The second result is for `combine` alone."""
-        ...
+        return Arrived(tokens, routed.expert_ids, routed.weights), None
 
     def combine(self, output: Tensor, journey: object) -> Tensor:
         """Stage 4: outputs (Q, H) travel home, where those of the same token are added: (T, H)."""
-        ...
-
-
-class AtHome:
-    """The exchange of a rank that holds every expert."""
-
-    def share(self, experts: int) -> range:
-        return range(experts)
-
-    def announce(self, routed: Routed) -> None:
-        return None
-
-    def dispatch(self, tokens: Tensor, routed: Routed, announced: None) -> tuple[Arrived, None]:
-        return Arrived(tokens, routed.expert_ids, routed.weights), None
-
-    def combine(self, output: Tensor, journey: None) -> Tensor:
         return output
+
+
+AtHome = Exchange  # nothing travels
 
 
 # %% [markdown]
@@ -181,11 +168,11 @@ def run_layer(
 # Stage 3 takes the routing weights along and returns *weighted sums*. A token that visits three experts on
 # the same rank then travels there once and comes back as one row. And stage 5 is a plain addition.
 #
-# A toy layer shows the protocol: attention that does nothing, and expert $e$ multiplying by $e$.
+# A toy layer shows them all: attention that does nothing, and expert $e$ multiplying by $e$.
 
 
 # %%
-class Toy:
+class Toy(Layer):
     def attend(self, hidden, sequences, cache=None):
         tokens = hidden.flatten(0, 1)
         expert_ids = torch.tensor([[0, 1], [1, 2], [2, 3]])
@@ -193,9 +180,6 @@ class Toy:
 
     def experts(self, tokens, expert_ids, weights):
         return tokens * (weights * expert_ids).sum(dim=1, keepdim=True)
-
-    def aggregate(self, residual, expert_output):
-        return residual + expert_output.view_as(residual)
 
 
 hidden, routed = run_layer(Toy(), torch.ones(1, 3, 1), None, Place())

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from pithtrain.config import DecoderConfig
 from pithtrain.layers.attention import Cache, Sequences
 from pithtrain.layers.loss import linear_cross_entropy
-from pithtrain.layers.norm import RMSNorm
 from pithtrain.layers.router import Routed
 from pithtrain.models.stages import Layer, Place, run_layer
 
@@ -49,17 +48,12 @@ from pithtrain.models.stages import Layer, Place, run_layer
 class Decoder(nn.Module):
     """The part of a decoder that `place` asks for.
 
-    `layers` are the part's own, by global number; `rotary` gives cosines and sines of positions.
-    """
+    `layers` are the part's own, by global number; `rotary` gives cosines and sines of positions."""
 
     def __init__(
-        self,
-        config: DecoderConfig,
-        layers: Mapping[int, Layer],
-        rotary: Callable[[Tensor], tuple[Tensor, Tensor]],
-        norm: nn.Module,
-        place: Place,
-    ):
+        self, config: DecoderConfig, layers: Mapping[int, Layer], rotary: Callable[[Tensor], tuple[Tensor, Tensor]],
+        norm: nn.Module, place: Place,
+    ):  # fmt: skip
         super().__init__()
         self.config, self.rotary, self.place = config, rotary, place
         has_embedding = place.first or (place.last and config.tie_embeddings)
@@ -75,19 +69,14 @@ class Decoder(nn.Module):
         return self.embedding.weight if self.head is None else self.head.weight
 
     def forward(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        documents: Tensor | None = None,
-        targets: Tensor | None = None,
-        caches: Sequence[Cache] | None = None,
-    ) -> tuple[Tensor, list[Routed | None]]:
+        self, x: Tensor, positions: Tensor, documents: Tensor | None = None,
+        targets: Tensor | None = None, caches: Sequence[Cache] | None = None,
+    ) -> tuple[Tensor, list[Routed | None]]:  # fmt: skip
         """The hidden state (B, S, hidden) behind this part, and where each layer's tokens went.
 
         `x` is (B, S) int64 token ids on the first part, the hidden state of the part before on others;
-        `positions` is (S,) or (B, S) int64; `documents` as in `AttentionCore.attend`. The last part returns,
-        where `targets` (B, S) are given, the sum over tokens of the cross-entropy in nats, an fp32 scalar.
-        """
+        `positions` is (S,) or (B, S) int64; `documents` as in `OneRank.attend`. The last part returns,
+        where `targets` (B, S) are given, the sum over tokens of the cross-entropy in nats, an fp32 scalar."""
         hidden, sequences = self.begin(x, positions, documents)
         routing = []
         for number, layer in enumerate(self.layers.values()):
@@ -119,18 +108,18 @@ class Decoder(nn.Module):
 
 # %%
 from pithtrain.config import Qwen3MoeConfig
+from pithtrain.layers.norm import RMSNorm
 
 
-class Shift(nn.Module):
+class Shift(Layer):
+    experts = None  # a dense layer
+
     def __init__(self, number):
         super().__init__()
         self.number = number
 
     def attend(self, hidden, sequences, cache=None):
         return hidden + self.number, None, None
-
-    def experts(self):
-        pass
 
 
 def toy(place):

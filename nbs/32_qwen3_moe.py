@@ -14,8 +14,7 @@
 #| export
 from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pithtrain.config import Qwen3MoeConfig
 from pithtrain.layers.attention import Attention, Cache, Sequences
@@ -24,7 +23,7 @@ from pithtrain.layers.norm import RMSNorm
 from pithtrain.layers.rotary import rotary_table
 from pithtrain.layers.router import Routed, Router
 from pithtrain.models.decoder import Decoder
-from pithtrain.models.stages import Place
+from pithtrain.models.stages import Layer, Place
 
 # %% [markdown]
 # ## A layer
@@ -33,13 +32,13 @@ from pithtrain.models.stages import Place
 #   h'' = h' + \operatorname{MoE}(\operatorname{RMSNorm}(h')).$$
 #
 # In stages: everything up to the choice of experts is stage 1, the experts are stage 3, the last addition
-# is stage 5 ([why](30_stages.py)). `experts` is the module itself: calling it is the stage.
+# is stage 5, which is [every layer's](30_stages.py). `experts` is the module itself: calling it is the stage.
 
 
 # %%
 #| export
-class Qwen3MoeLayer(nn.Module):
-    """One decoder layer, in the stages of `pithtrain.models.stages.Layer`."""
+class Qwen3MoeLayer(Layer):
+    """One decoder layer, in stages."""
 
     def __init__(self, config: Qwen3MoeConfig, place: Place):
         super().__init__()
@@ -55,14 +54,6 @@ class Qwen3MoeLayer(nn.Module):
         residual = hidden + self.attention(self.attention_norm(hidden), sequences, cache)
         tokens = self.expert_norm(residual.flatten(0, 1))
         return residual, tokens, self.router(tokens)
-
-    def aggregate(self, residual: Tensor, expert_output: Tensor) -> Tensor:
-        """Stage 5: the experts' output joins the residual stream."""
-        return residual + expert_output.view_as(residual)
-
-    def new_cache(self) -> Cache:
-        """Keys and values of the tokens seen."""
-        return Cache()
 
 
 # %%
@@ -86,6 +77,8 @@ def qwen3_moe(config: Qwen3MoeConfig, place: Place = Place()) -> Decoder:
 
 
 # %%
+import torch
+
 from pithtrain.models.decoder import initialise
 
 model = qwen3_moe(config)

@@ -15,7 +15,7 @@
 #| export
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pithtrain.config import DeepseekConfig
 from pithtrain.layers.attention import Cache, Sequences
@@ -23,10 +23,10 @@ from pithtrain.layers.experts import Experts
 from pithtrain.layers.latent_attention import LatentAttention
 from pithtrain.layers.mlp import MLP
 from pithtrain.layers.norm import RMSNorm
-from pithtrain.layers.rotary import yarn_magnitude, yarn_table
-from pithtrain.layers.router import GroupRouter, Routed
+from pithtrain.layers.rotary import Yarn, yarn_magnitude, yarn_table
+from pithtrain.layers.router import Routed, Router
 from pithtrain.models.decoder import Decoder
-from pithtrain.models.stages import Place
+from pithtrain.models.stages import Layer, Place
 
 # %% [markdown]
 # ## A layer
@@ -46,8 +46,8 @@ from pithtrain.models.stages import Place
 
 # %%
 #| export
-class DeepseekLayer(nn.Module):
-    """One decoder layer, in the stages of `pithtrain.models.stages.Layer`; without experts where it is `dense`."""
+class DeepseekLayer(Layer):
+    """One decoder layer, in stages; without experts where it is `dense`."""
 
     def __init__(self, config: DeepseekConfig, dense: bool, place: Place):
         super().__init__()
@@ -62,16 +62,8 @@ class DeepseekLayer(nn.Module):
         self.mlp = MLP(c.hidden, inner) if inner else None
         self.router = self.experts = None
         if not dense:
-            self.router = GroupRouter(
-                c.hidden,
-                c.experts,
-                c.top_k,
-                c.groups,
-                c.top_groups,
-                c.scoring == "sigmoid",
-                c.renormalise,
-                c.routed_scale,
-            )
+            scoring = c.renormalise, c.scoring == "sigmoid", c.routed_scale
+            self.router = Router(c.hidden, c.experts, c.top_k, *scoring, c.groups, c.top_groups)
             self.experts = Experts(c.hidden, len(place.exchange.share(c.experts)), c.expert_hidden)
 
     def attend(
@@ -83,14 +75,6 @@ class DeepseekLayer(nn.Module):
         if self.mlp is not None:
             residual = residual + self.mlp(tokens).view_as(residual)
         return residual, tokens, None if self.router is None else self.router(tokens)
-
-    def aggregate(self, residual: Tensor, expert_output: Tensor) -> Tensor:
-        """Stage 5: the experts' output joins the residual stream."""
-        return residual + expert_output.view_as(residual)
-
-    def new_cache(self) -> Cache:
-        """Latents and rotated keys of the tokens seen."""
-        return Cache()
 
 
 # %%
@@ -121,16 +105,9 @@ def deepseek(config: DeepseekConfig, place: Place = Place()) -> Decoder:
     """A DeepSeek decoder (arXiv 2405.04434, 2412.19437), or the part of it that `place` asks for."""
     c = config
     layers = {number: DeepseekLayer(c, number < c.dense_layers, place) for number in place.held(c.layers)}
-    rotary = partial(
-        yarn_table,
-        head_dim=c.rope_dim,
-        theta=c.rope_theta,
-        factor=c.yarn_factor,
-        original_length=c.yarn_length,
-        beta_fast=c.yarn_beta_fast,
-        beta_slow=c.yarn_beta_slow,
-        magnitude=yarn_magnitude(c.yarn_factor, c.yarn_mscale) / yarn_magnitude(c.yarn_factor, c.yarn_mscale_all_dim),
-    )
+    yarn = Yarn(c.yarn_factor, c.yarn_length, c.yarn_beta_fast, c.yarn_beta_slow)
+    magnitude = yarn_magnitude(c.yarn_factor, c.yarn_mscale) / yarn_magnitude(c.yarn_factor, c.yarn_mscale_all_dim)
+    rotary = partial(yarn_table, head_dim=c.rope_dim, theta=c.rope_theta, yarn=yarn, magnitude=magnitude)
     return Decoder(c, layers, rotary, RMSNorm(c.hidden, c.norm_eps), place)
 
 

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from pithtrain.config import GptOssConfig
 from pithtrain.layers.attention import AttentionCore, Cache, Sequences
 from pithtrain.layers.clamped_experts import ClampedExperts
+from pithtrain.layers.linear import Linear
 from pithtrain.layers.norm import RMSNorm
-from pithtrain.layers.rotary import rotate, yarn_magnitude, yarn_table
+from pithtrain.layers.rotary import Yarn, rotate, yarn_magnitude, yarn_table
 from pithtrain.layers.router import Routed
 from pithtrain.models.decoder import Decoder
-from pithtrain.models.stages import Place
+from pithtrain.models.stages import Layer, Place
 
 # %% [markdown]
 # ## Attention with a sink
@@ -95,34 +96,16 @@ fig
 
 # %%
 #| export
-class BiasedLinear(nn.Linear):
-    """`nn.Linear` whose weight (out, in) and bias are converted to the dtype of the input; the first bias is 0."""
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out), in the dtype of `x`."""
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
-
-
-# %%
-print(BiasedLinear(4, 3)(torch.ones(2, 4, dtype=torch.bfloat16)).dtype)
-
-
-# %%
-#| export
 class SinkAttention(nn.Module):
     """Causal grouped-query attention with a sink for each head, through a window unless that is None."""
 
     def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, window: int | None, core: AttentionCore):
         super().__init__()
         self.head_dim, self.window, self.core = head_dim, window, core
-        self.query = BiasedLinear(hidden, heads * head_dim)
-        self.key = BiasedLinear(hidden, kv_heads * head_dim)
-        self.value = BiasedLinear(hidden, kv_heads * head_dim)
-        self.output = BiasedLinear(heads * head_dim, hidden)
+        self.query = Linear(hidden, heads * head_dim, bias=True)
+        self.key = Linear(hidden, kv_heads * head_dim, bias=True)
+        self.value = Linear(hidden, kv_heads * head_dim, bias=True)
+        self.output = Linear(heads * head_dim, hidden, bias=True)
         self.sinks = nn.Parameter(torch.zeros(heads))
 
     def forward(self, x: Tensor, sequences: Sequences, cache: Cache | None = None) -> Tensor:
@@ -202,8 +185,8 @@ print(routed.expert_ids.tolist(), routed.weights.sum(dim=1).tolist())
 
 # %%
 #| export
-class GptOssLayer(nn.Module):
-    """One decoder layer, in the stages of `pithtrain.models.stages.Layer`; `window` None sees everything."""
+class GptOssLayer(Layer):
+    """One decoder layer, in stages; `window` None sees everything."""
 
     def __init__(self, config: GptOssConfig, window: int | None, place: Place):
         super().__init__()
@@ -219,14 +202,6 @@ class GptOssLayer(nn.Module):
         residual = hidden + self.attention(self.attention_norm(hidden), sequences, cache)
         tokens = self.expert_norm(residual.flatten(0, 1))
         return residual, tokens, self.router(tokens)
-
-    def aggregate(self, residual: Tensor, expert_output: Tensor) -> Tensor:
-        """Stage 5: the experts' output joins the residual stream."""
-        return residual + expert_output.view_as(residual)
-
-    def new_cache(self) -> Cache:
-        """Keys and values of the tokens seen."""
-        return Cache()
 
 
 # %%
@@ -258,17 +233,9 @@ def gpt_oss(config: GptOssConfig, place: Place = Place()) -> Decoder:
     """A GPT-OSS decoder (arXiv 2508.10925), or the part of it that `place` asks for."""
     c = config
     layers = {n: GptOssLayer(c, c.window if n % 2 == 0 else None, place) for n in place.held(c.layers)}
-    rotary = partial(
-        yarn_table,
-        head_dim=c.head_dim,
-        theta=c.rope_theta,
-        factor=c.yarn_factor,
-        original_length=c.yarn_length,
-        beta_fast=c.yarn_beta_fast,
-        beta_slow=c.yarn_beta_slow,
-        truncate=False,
-        magnitude=yarn_magnitude(c.yarn_factor),
-    )
+    yarn = Yarn(c.yarn_factor, c.yarn_length, c.yarn_beta_fast, c.yarn_beta_slow, truncate=False)
+    magnitude = yarn_magnitude(c.yarn_factor)
+    rotary = partial(yarn_table, head_dim=c.head_dim, theta=c.rope_theta, yarn=yarn, magnitude=magnitude)
     return Decoder(c, layers, rotary, RMSNorm(c.hidden, c.norm_eps), place)
 
 

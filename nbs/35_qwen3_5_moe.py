@@ -20,40 +20,15 @@ from torch import Tensor, nn
 
 from pithtrain.config import Qwen3_5MoeConfig
 from pithtrain.layers.attention import AttentionCore, Cache, Sequences
-from pithtrain.layers.delta_rule import DeltaCache, GatedDeltaNet
+from pithtrain.layers.delta_rule import GatedDeltaNet
 from pithtrain.layers.experts import Experts
 from pithtrain.layers.linear import Linear
 from pithtrain.layers.mlp import MLP
-from pithtrain.layers.norm import RMSNormFunction
+from pithtrain.layers.norm import RMSNorm
 from pithtrain.layers.rotary import rotary_table, rotate
 from pithtrain.layers.router import Routed, Router
 from pithtrain.models.decoder import Decoder
-from pithtrain.models.stages import Place
-
-# %% [markdown]
-# ## Norms around zero
-#
-# The scale of a [norm](24_norm.py) is stored as its difference from 1: $y = (1 + g) \odot \hat x$. The function is
-# the same. What differs is where weight decay, if applied to it, would pull: to a plain normalisation, not to silence.
-
-
-# %%
-#| export
-class ZeroCentredNorm(nn.Module):
-    """RMSNorm over the last axis, of `features` features, scaled by 1 + weight."""
-
-    def __init__(self, features: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.zeros(features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise `x` (..., features); the dtype stays."""
-        return RMSNormFunction.apply(x, 1 + self.weight, self.eps)
-
-
-# %%
-print(ZeroCentredNorm(4, 1e-6)(torch.tensor([3.0, -3.0, 3.0, 3.0])).tolist())
+from pithtrain.models.stages import Layer, Place
 
 # %% [markdown]
 # ## Gated attention
@@ -64,7 +39,8 @@ print(ZeroCentredNorm(4, 1e-6)(torch.tensor([3.0, -3.0, 3.0, 3.0])).tolist())
 # $$o_t^h \odot \sigma(W_g^h x_t).$$
 #
 # It gives a head the means to say nothing (compare the [sinks of GPT-OSS](34_gpt_oss.py)). Only the first quarter of
-# a head's features is rotated; the rest compares content without regard to distance.
+# a head's features is rotated; the rest compares content without regard to distance. Queries and keys are
+# [normed](24_norm.py) head by head; all norms of this family store their scale as its difference from 1.
 
 
 # %%
@@ -79,8 +55,8 @@ class GatedAttention(nn.Module):
         self.key = Linear(hidden, kv_heads * head_dim)
         self.value = Linear(hidden, kv_heads * head_dim)
         self.output = Linear(heads * head_dim, hidden)
-        self.query_norm = ZeroCentredNorm(head_dim, norm_eps)
-        self.key_norm = ZeroCentredNorm(head_dim, norm_eps)
+        self.query_norm = RMSNorm(head_dim, norm_eps, offset=1.0)
+        self.key_norm = RMSNorm(head_dim, norm_eps, offset=1.0)
 
     def forward(self, x: Tensor, sequences: Sequences, cache: Cache | None = None) -> Tensor:
         """(B, S, hidden) to the same; with a `cache`, x continues the tokens seen before."""
@@ -128,41 +104,31 @@ for rope_dim in (0, 2, 8):
 
 # %%
 #| export
-class Qwen3_5MoeLayer(nn.Module):
-    """One decoder layer, in the stages of `pithtrain.models.stages.Layer`; `full` has softmax attention."""
+class Qwen3_5MoeLayer(Layer):
+    """One decoder layer, in stages; `full` has softmax attention."""
 
     def __init__(self, config: Qwen3_5MoeConfig, full: bool, place: Place):
         super().__init__()
         c = config
-        self.attention_norm = ZeroCentredNorm(c.hidden, c.norm_eps)
+        self.attention_norm = RMSNorm(c.hidden, c.norm_eps, offset=1.0)
         if full:
             self.attention = GatedAttention(c.hidden, c.heads, c.kv_heads, c.head_dim, c.norm_eps, place.core)
         else:
             heads = c.delta_key_heads, c.delta_value_heads, c.delta_key_dim, c.delta_value_dim
             self.attention = GatedDeltaNet(c.hidden, *heads, c.delta_taps, c.norm_eps, place.core)
-        self.expert_norm = ZeroCentredNorm(c.hidden, c.norm_eps)
+        self.expert_norm = RMSNorm(c.hidden, c.norm_eps, offset=1.0)
         self.router = Router(c.hidden, c.experts, c.top_k, renormalise=True)
         self.shared = MLP(c.hidden, c.shared_hidden)
         self.shared_gate = Linear(c.hidden, 1)
         self.experts = Experts(c.hidden, len(place.exchange.share(c.experts)), c.expert_hidden)
 
-    def attend(
-        self, hidden: Tensor, sequences: Sequences, cache: Cache | DeltaCache | None = None
-    ) -> tuple[Tensor, Tensor, Routed]:
+    def attend(self, hidden: Tensor, sequences: Sequences, cache: Cache | None = None) -> tuple[Tensor, Tensor, Routed]:
         """Stage 1: attention of the layer's kind, the shared expert, then routing of the normalised tokens."""
         residual = hidden + self.attention(self.attention_norm(hidden), sequences, cache)
         tokens = self.expert_norm(residual.flatten(0, 1))
         shared = self.shared_gate(tokens).sigmoid() * self.shared(tokens)
         residual = residual + shared.view_as(residual)
         return residual, tokens, self.router(tokens)
-
-    def aggregate(self, residual: Tensor, expert_output: Tensor) -> Tensor:
-        """Stage 5: the experts' output joins the residual stream."""
-        return residual + expert_output.view_as(residual)
-
-    def new_cache(self) -> Cache | DeltaCache:
-        """Keys and values of the tokens seen, or the delta rule's memory."""
-        return DeltaCache() if isinstance(self.attention, GatedDeltaNet) else Cache()
 
 
 # %%
@@ -194,7 +160,7 @@ def qwen3_5_moe(config: Qwen3_5MoeConfig, place: Place = Place()) -> Decoder:
     c = config
     layers = {n: Qwen3_5MoeLayer(c, (n + 1) % c.full_every == 0, place) for n in place.held(c.layers)}
     rotary = partial(rotary_table, head_dim=c.rope_dim, theta=c.rope_theta)
-    return Decoder(c, layers, rotary, ZeroCentredNorm(c.hidden, c.norm_eps), place)
+    return Decoder(c, layers, rotary, RMSNorm(c.hidden, c.norm_eps, offset=1.0), place)
 
 
 # %%
@@ -209,6 +175,51 @@ print("layers:", ", ".join(type(layer.attention).__name__ for layer in model.lay
 print("experts of the first token, layer by layer:", [r.expert_ids[0].tolist() for r in routing])
 
 # %% [markdown]
+# ## What a memory holds
+#
+# The model, with 16 value heads, reads a phrase of eight tokens three times, token by token. Drawn is what the first
+# layer keeps of them: the memory (values by keys) of the head that forgets fastest and of the one that forgets
+# slowest. On the right, how alike the memory is after one token and after another, blue where it is the same.
+
+# %%
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+
+reader = qwen3_5_moe(replace(config, delta_value_heads=16, init_std=0.3))
+initialise(reader, seed=0)
+phrase = torch.randint(300, (1, 8), generator=torch.Generator().manual_seed(0)).repeat(1, 3)
+caches, memories = [layer.new_cache() for layer in reader.layers.values()], []
+with torch.no_grad():
+    for t in range(24):
+        reader(phrase[:, t : t + 1], torch.tensor([t]), caches=caches)
+        memories.append(caches[0].kept[1][0])  # (heads, value features, key features)
+memories = torch.stack(memories)
+unit = memories.flatten(2) / memories.flatten(2).norm(dim=-1, keepdim=True)
+alike = torch.einsum("thx,shx->hts", unit, unit)
+
+fig, axes = plt.subplots(2, 4, figsize=(10, 4.6), width_ratios=(1, 1, 1, 1.3))
+for row, head, speed in ((0, 15, "fastest"), (1, 0, "slowest")):
+    for ax, t in zip(axes[row], (7, 11, 15), strict=False):
+        largest = memories[t, head].abs().max()
+        ax.imshow(memories[t, head], cmap="RdBu", vmin=-largest, vmax=largest)
+        ax.set(title=f"{speed}, token {t}", xticks=[], yticks=[], xlabel="keys", ylabel="values")
+    axes[row, 3].imshow(alike[head], cmap="RdBu", vmin=-1, vmax=1)
+    axes[row, 3].set(title=f"{speed}: how alike", xlabel="token", ylabel="token")
+fig.tight_layout()
+fig
+
+# %%
+for head in (15, 0):
+    sizes = torch.linalg.svdvals(memories[-1, head])
+    print(f"head {head:2}: singular values of the memory, over the largest:", [f"{s:.2f}" for s in sizes / sizes[0]])
+assert torch.allclose(memories[15], memories[23], atol=1e-4)
+
+# %% [markdown]
+# The fastest head holds the last token alone: one value under one key, a matrix of rank one, the same whenever the
+# token returns. The slowest blends several: its memory turns slowly from one mixture into the next, and comes back with
+# the phrase. Tokens 7 and 15 end the phrase, so the memories behind them are the same; 11 is in its middle.
+#
 # ## The same numbers as elsewhere
 #
 # Where `transformers` is installed: its Qwen3.5-MoE with the weights of the model above.
@@ -281,8 +292,6 @@ if importlib.util.find_spec("transformers"):
 # %%
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
 import pithtrain
 from pithtrain.config import load_config
 
@@ -294,7 +303,7 @@ caches = {full: layer.new_cache() for full, layer in kinds.items()}
 for full, layer in kinds.items():
     layer.attention(x, Sequences(table, table), caches[full])
 per_token = sum(t.nbytes for t in caches[True].kept)
-fixed = caches[False].before.nbytes + caches[False].state.nbytes
+fixed = sum(t.nbytes for t in caches[False].kept)
 
 tokens = torch.logspace(2, 6, 50)
 fig, axes = plt.subplots(1, 2, figsize=(10, 3), width_ratios=(1.3, 1))

@@ -8,15 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pithtrain.config import BalanceConfig
-from pithtrain.layers.balance import (
-    balance_loss,
-    expert_load,
-    routing_entropy,
-    sequence_load,
-    sequence_loss,
-    switch_loss,
-    update_bias,
-)
+from pithtrain.layers.balance import balance_loss, routing_entropy, sequence_load, switch_loss, update_bias
 from pithtrain.layers.router import Routed, route
 
 
@@ -24,6 +16,17 @@ def routing(T, E, K, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     probs = torch.softmax(2 * torch.randn(T, E, generator=generator, dtype=dtype), dim=1)
     return Routed(probs.topk(K).values, probs.topk(K).indices, probs)
+
+
+def expert_load(expert_ids, experts):
+    return sequence_load(expert_ids, 1, experts)[0]
+
+
+def sequence_loss(probs, expert_ids, sequences):
+    """The sequence form alone, as the trainer asks for it."""
+    load = sequence_load(expert_ids, sequences, probs.shape[-1])[None]
+    coefficients = BalanceConfig(sequence=1.0, global_batch=0.0)
+    return balance_loss([Routed(probs, expert_ids, probs)], load, load.sum(dim=1), coefficients)
 
 
 def naive_load(expert_ids, experts):
@@ -64,7 +67,7 @@ def test_sequence_loss(size, sequences):
     routed = routing(T * sequences, E, K, seed)
     pieces = [slice(i * T, (i + 1) * T) for i in range(sequences)]
     expected = sum(naive_switch(routed.probs[p], routed.expert_ids[p], routed.expert_ids[p]) for p in pieces)
-    got = sequence_loss(routed.probs, sequence_load(routed.expert_ids, sequences, routed.probs.shape[-1])).item()
+    got = sequence_loss(routed.probs, routed.expert_ids, sequences).item()
     assert got == pytest.approx(expected / sequences, rel=1e-5)
 
 
@@ -77,7 +80,7 @@ def test_one_at_balance_and_E_at_collapse(E):
     all_last = torch.full((T, 1), E - 1)
     for probs, ids, expected in ((balanced, even_ids, 1.0), (collapsed, all_last, float(E))):
         assert switch_loss(probs, expert_load(ids, E)).item() == pytest.approx(expected, rel=1e-6)
-        assert sequence_loss(probs, sequence_load(ids, 3, probs.shape[-1])).item() == pytest.approx(expected, rel=1e-6)
+        assert sequence_loss(probs, ids, 3).item() == pytest.approx(expected, rel=1e-6)
     # f even or P even is enough for 1: the loss is a product of the two
     assert switch_loss(collapsed, expert_load(even_ids, E)).item() == pytest.approx(1.0, rel=1e-6)
     assert switch_loss(balanced, expert_load(all_last, E)).item() == pytest.approx(1.0, rel=1e-6)
@@ -92,11 +95,9 @@ def test_scopes_order_and_meet():
     """One sequence: sequence and micro-batch agree. Equal sequences: all three agree."""
     routed = routing(12, 6, 2)
     micro = switch_loss(routed.probs, expert_load(routed.expert_ids, 6))
-    torch.testing.assert_close(
-        sequence_loss(routed.probs, sequence_load(routed.expert_ids, 1, routed.probs.shape[-1])), micro
-    )
+    torch.testing.assert_close(sequence_loss(routed.probs, routed.expert_ids, 1), micro)
     probs, ids = routed.probs.repeat(3, 1), routed.expert_ids.repeat(3, 1)
-    torch.testing.assert_close(sequence_loss(probs, sequence_load(ids, 3, probs.shape[-1])), micro)
+    torch.testing.assert_close(sequence_loss(probs, ids, 3), micro)
     torch.testing.assert_close(switch_loss(probs, expert_load(ids, 6)), micro)
 
 
@@ -115,7 +116,7 @@ def test_gradients_by_finite_differences():
     load = expert_load(routed.expert_ids, 5)
     probs = routed.probs.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda p: switch_loss(p, load), probs)
-    assert torch.autograd.gradcheck(lambda p: sequence_loss(p, sequence_load(routed.expert_ids, 3, p.shape[-1])), probs)
+    assert torch.autograd.gradcheck(lambda p: sequence_loss(p, routed.expert_ids, 3), probs)
 
 
 def test_descent_moves_probability_from_busy_to_idle_experts():
@@ -140,8 +141,8 @@ def test_non_contiguous():
     ids = routed.expert_ids.t().contiguous().t()
     assert not probs.is_contiguous() and not ids.is_contiguous()
     torch.testing.assert_close(
-        sequence_loss(probs, sequence_load(ids, 3, probs.shape[-1])),
-        sequence_loss(routed.probs, sequence_load(routed.expert_ids, 3, routed.probs.shape[-1])),
+        sequence_loss(probs, ids, 3),
+        sequence_loss(routed.probs, routed.expert_ids, 3),
         rtol=1e-6,
         atol=0,
     )
@@ -151,7 +152,7 @@ def test_non_contiguous():
 def test_sequences_that_do_not_divide_the_tokens():
     routed = routing(9, 4, 2)
     with pytest.raises(RuntimeError):
-        sequence_loss(routed.probs, sequence_load(routed.expert_ids, 2, routed.probs.shape[-1]))
+        sequence_loss(routed.probs, routed.expert_ids, 2)
 
 
 COEFFICIENTS = BalanceConfig(micro_batch=0.3, sequence=0.05, global_batch=0.7)
@@ -201,9 +202,7 @@ def test_gradient_of_all_forms_reaches_the_router_only_through_probs():
     )
     weight64 = weight.detach().double().requires_grad_()
     probs = torch.softmax(tokens.double() @ weight64.t(), dim=1)
-    loss = (0.3 + 0.7) * switch_loss(probs, load) + 0.05 * sequence_loss(
-        probs, sequence_load(routed.expert_ids, 3, probs.shape[-1])
-    )
+    loss = (0.3 + 0.7) * switch_loss(probs, load) + 0.05 * sequence_loss(probs, routed.expert_ids, 3)
     (expected,) = torch.autograd.grad(loss, weight64)
     assert (got - expected).norm() < 1e-5 * expected.norm()
 

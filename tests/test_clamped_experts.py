@@ -158,11 +158,6 @@ def test_against_transformers():
     torch.testing.assert_close(clamped_swiglu(pre), expected)
 
 
-def test_width_that_cannot_be_grouped_is_refused():
-    with pytest.raises(ValueError, match="expert_hidden: 12 is not a multiple of 8"):
-        ClampedExperts(hidden=16, experts=2, expert_hidden=12)
-
-
 def test_biases_alone():
     """With matrices of zero, a token's output is the weighted sum of its experts' constants."""
     layer, tokens, ids, weights = make(10, 8, 4, 2, 16)

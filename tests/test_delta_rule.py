@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pithtrain.layers.attention import OneRank, Sequences
-from pithtrain.layers.delta_rule import DeltaCache, GatedDeltaNet, ages, gated_delta_rule, short_convolution
+from pithtrain.layers.attention import Cache, OneRank, Sequences
+from pithtrain.layers.delta_rule import GatedDeltaNet, ages, gated_delta_rule, short_convolution
 
 NOWHERE = torch.zeros(0)  # the layer reads no rotary table
 
@@ -203,7 +203,7 @@ def test_layer_decodes_as_it_reads():
     nothing = Sequences(NOWHERE, NOWHERE)
     whole = ours(x, nothing)
     for first in (1, 2, 3, 17):
-        cache, outputs = DeltaCache(), []
+        cache, outputs = Cache(), []
         for i, j in [(0, first), *((t, t + 1) for t in range(first, 20)), (20, 30)]:
             outputs.append(ours(x[:, i:j], nothing, cache))
         torch.testing.assert_close(torch.cat(outputs, dim=1), whole, rtol=1e-4, atol=1e-5)

@@ -8,23 +8,25 @@ import pytest
 import torch
 
 from pithtrain.config import Qwen3_5MoeConfig, UserError, config_from_tables
-from pithtrain.layers.delta_rule import DeltaCache, GatedDeltaNet
+from pithtrain.layers.delta_rule import GatedDeltaNet
 from pithtrain.models.qwen3_5_moe import qwen3_5_moe
 from pithtrain.models.stages import Place
 
 LIMIT = 2e-5
 # The delta rule's outputs are normed head by head, and one that is nearly zero (a query across from its only key) is
-# scaled up with its rounding: at the published eps of 1e-6, transformers' chunked and recurrent forms differ by
-# more than the limits here in the larger of these shapes. An eps of 1e-3 bounds that factor.
+# scaled up with its rounding. In three shapes the published eps of 1e-6 lets that pass the limits here, and float64
+# finds neither model closer to the truth (largest error of a gradient, theirs and ours: 1.4e-4 and 1.4e-4 in "several
+# chunks", 6e-4 and 3e-4 in "deep, many experts", 1.3e-3 and 1.1e-3 in "drawn 0"). An eps of 1e-3 bounds the factor.
+MILD = {"norm_eps": 1e-3}
 BASE = Qwen3_5MoeConfig(
     vocab_size=300, layers=4, hidden=32, heads=4, kv_heads=2, head_dim=8, rope_dim=2, experts=8, top_k=3,
     expert_hidden=24, shared_hidden=20, delta_key_heads=2, delta_value_heads=4, delta_key_dim=8, delta_value_dim=8,
-    tie_embeddings=False, norm_eps=1e-3,
+    tie_embeddings=False,
 )  # fmt: skip
 
 SHAPES = {
     "base": (BASE, 2, 16),
-    "several chunks": (BASE, 2, 150),
+    "several chunks": (replace(BASE, **MILD), 2, 150),
     "delta rule only": (replace(BASE, layers=3), 2, 16),
     "attention only": (replace(BASE, full_every=1, layers=2), 2, 16),
     "every other layer full": (replace(BASE, full_every=2), 2, 16),
@@ -41,8 +43,8 @@ SHAPES = {
     "one token": (BASE, 1, 1),
     "fewer tokens than taps": (BASE, 2, 3),
     "tied": (replace(BASE, tie_embeddings=True), 2, 16),
-    "eps 1e-6": (replace(BASE, norm_eps=1e-6), 2, 16),
-    "deep, many experts": (replace(BASE, layers=8, experts=32, top_k=6, expert_hidden=8), 2, 23),
+    "eps 1e-2": (replace(BASE, norm_eps=1e-2), 2, 16),
+    "deep, many experts": (replace(BASE, layers=8, experts=32, top_k=6, expert_hidden=8, **MILD), 2, 23),
 }
 
 
@@ -62,6 +64,7 @@ def drawn(seed):
 
 
 SHAPES |= {f"drawn {seed}": drawn(seed) for seed in range(8)}
+SHAPES["drawn 0"] = (replace(SHAPES["drawn 0"][0], **MILD), *SHAPES["drawn 0"][1:])
 RENAMED = {
     "attention_norm": "input_layernorm",
     "expert_norm": "post_attention_layernorm",
@@ -179,14 +182,14 @@ def test_logits_routing_and_gradients_are_those_of_transformers(name):
 @pytest.mark.parametrize("prompt", [1, 2, 5])
 def test_decoding_from_the_cache_is_full_recomputation_token_for_token(name, prompt):
     c = SHAPES[name][0]
-    caches = families.decodes_as_it_reads(c, LIMIT, prompt)
+    caches = families.decodes_as_it_reads(c, 10 * LIMIT, prompt)  # an output near zero, normed: see above
     heads, sizes = c.delta_value_heads, (c.delta_value_dim, c.delta_key_dim)
     for number, cache in enumerate(caches):
         if (number + 1) % c.full_every == 0:
             assert [t.shape for t in cache.kept] == [(2, c.kv_heads, prompt + 11, c.head_dim)] * 2
         else:  # nothing that grows with the text
-            assert isinstance(cache, DeltaCache) and cache.state.shape == (2, heads, *sizes)
-            assert cache.before.shape[:2] == (2, c.delta_taps - 1)
+            before, state = cache.kept
+            assert state.shape == (2, heads, *sizes) and before.shape[:2] == (2, c.delta_taps - 1)
 
 
 @pytest.mark.parametrize("name", ["base", "delta rule only", "many value heads for each key", "two taps"])
@@ -195,7 +198,7 @@ def test_packed_documents_are_the_documents_apart(name):
 
 
 def test_packed_documents_begin_and_end_in_any_chunk():
-    families.packed_is_apart(BASE, LIMIT, stretch=8)
+    families.packed_is_apart(replace(BASE, **MILD), LIMIT, stretch=8)  # as "several chunks"
 
 
 @pytest.mark.parametrize("cut", [1, 3])

@@ -216,14 +216,16 @@ def test_recomputed_gradients_are_the_same():
 
 def test_balance_losses_meet_those_of_transformers():
     """Its loss is taken over all layers' tokens at once and counts each of the top_k choices."""
-    from pithtrain.layers.balance import expert_load, switch_loss
+    from pithtrain.layers.balance import sequence_load, switch_loss
 
     c = shape(layers=1)
     theirs, ours = pair(c)
     inputs, _ = text(c, 2, 16)
     (routed,) = run(ours, inputs)[1]
     expected = theirs(inputs, output_router_logits=True, use_cache=False).aux_loss
-    torch.testing.assert_close(c.top_k * switch_loss(routed.probs, expert_load(routed.expert_ids, c.experts)), expected)
+    torch.testing.assert_close(
+        c.top_k * switch_loss(routed.probs, sequence_load(routed.expert_ids, 1, c.experts)[0]), expected
+    )
 
 
 @pytest.mark.parametrize("name", ["base", "untied", "deep, many experts", "all experts"])

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pithtrain.layers.rotary import (
+    Yarn,
     frequencies,
     rotary_table,
     rotate,
@@ -123,20 +124,21 @@ def test_yarn_equals_that_of_transformers_bit_for_bit(name):
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig
 
     head_dim, theta, factor, length, options = YARN[name]
+    yarn = Yarn(factor, length, **options)
     rope = {"rope_type": "yarn", "rope_theta": theta, "factor": factor, **options}
     config = Qwen3MoeConfig(head_dim=head_dim, rope_parameters={**rope, "original_max_position_embeddings": length})
     theirs, magnitude = utils.ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
-    ours = yarn_frequencies(head_dim, theta, factor, length, **options)
+    ours = yarn_frequencies(head_dim, theta, yarn)
     assert torch.equal(ours, theirs) and yarn_magnitude(factor) == magnitude
     positions = torch.arange(0, 40 * length, max(1, length // 7))
-    cos, sin = yarn_table(positions, head_dim, theta, factor, length, **options, magnitude=magnitude)
+    cos, sin = yarn_table(positions, head_dim, theta, yarn, magnitude)
     angles = positions[:, None].float() * theirs
     assert torch.equal(cos, angles.cos() * magnitude) and torch.equal(sin, angles.sin() * magnitude)
     assert not torch.equal(ours, frequencies(head_dim, theta)) or name == "ramp past the last pair"
 
 
 def test_yarn_keeps_fast_pairs_and_slows_slow_ones():
-    plain, scaled = frequencies(64, 1e4), yarn_frequencies(64, 1e4, 40.0, 4096)
+    plain, scaled = frequencies(64, 1e4), yarn_frequencies(64, 1e4, Yarn(40.0, 4096))
     turns = 4096 * plain / (2 * torch.pi)
     assert torch.equal(scaled[turns > 64], plain[turns > 64])
     torch.testing.assert_close(scaled[turns < 0.5], plain[turns < 0.5] / 40)
@@ -146,7 +148,7 @@ def test_yarn_keeps_fast_pairs_and_slows_slow_ones():
 
 def test_yarn_by_a_factor_of_one_changes_nothing():
     table = rotary_table(torch.arange(99), 16, 1e4)
-    for ours, plain in zip(yarn_table(torch.arange(99), 16, 1e4, 1.0, 32), table, strict=True):
+    for ours, plain in zip(yarn_table(torch.arange(99), 16, 1e4, Yarn(1.0, 32)), table, strict=True):
         assert torch.equal(ours, plain)
     assert yarn_magnitude(1.0) == yarn_magnitude(0.5) == 1.0 and yarn_magnitude(40.0, 0.0) == 1.0
 

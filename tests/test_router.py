@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pithtrain.layers.router import GroupRouter, Router, choose_in_groups, route
+from pithtrain.layers.router import Router, choose_in_groups, route
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -191,8 +191,8 @@ def test_chosen_probabilities_that_underflow_weigh_nothing():
     bias = torch.tensor([0.0, 2.0, 2.0, 0.0])
     for layer in (
         Router(1, 4, 2, True),
-        GroupRouter(1, 4, 2, groups=1, top_groups=1, sigmoid=False, renormalise=True, scale=1.0),
-        GroupRouter(1, 4, 2, groups=1, top_groups=1, sigmoid=True, renormalise=True, scale=1.0),
+        Router(1, 4, 2, True, groups=2, top_groups=2),
+        Router(1, 4, 2, True, sigmoid=True),
     ):
         layer.weight.data.copy_(weight)
         layer.bias.copy_(bias)
@@ -227,7 +227,7 @@ def test_choice_in_groups_against_a_loop(groups, size, data):
 @pytest.mark.parametrize("sigmoid", [True, False])
 def test_group_router_against_float64_with_gradients(sigmoid, renormalise):
     tokens, weight = example()
-    layer = GroupRouter(16, 8, 3, groups=4, top_groups=2, sigmoid=sigmoid, renormalise=renormalise, scale=2.5)
+    layer = Router(16, 8, 3, renormalise, sigmoid, scale=2.5, groups=4, top_groups=2)
     layer.weight.data.copy_(weight)
     layer.bias.copy_(torch.randn(8, generator=torch.Generator().manual_seed(5)) / 8)
     routed = layer(tokens)
@@ -252,5 +252,5 @@ def test_group_router_against_float64_with_gradients(sigmoid, renormalise):
 
 
 def test_group_router_takes_no_tokens():
-    layer = GroupRouter(4, 8, 2, groups=2, top_groups=1, sigmoid=True, renormalise=True, scale=1.0)
+    layer = Router(4, 8, 2, True, sigmoid=True, groups=2, top_groups=1)
     assert layer(torch.empty(0, 4)).weights.shape == (0, 2)
