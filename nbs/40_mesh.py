@@ -28,7 +28,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from pithtrain.config import Config, MeshConfig, UserError
+from pithtrain.config import Config, MeshConfig, Qwen3_5MoeConfig, UserError
+from pithtrain.parallel.pipeline.generate import generate
+from pithtrain.parallel.pipeline.schedule import ScheduleError, split_layers
 
 # %% [markdown]
 # ## Sizes
@@ -82,35 +84,53 @@ for wrong in (MeshConfig(ep=3), MeshConfig(dp=3, cp=2), MeshConfig(copies=3)):
         print(error)
 
 # %% [markdown]
-# And the axes must divide what they share.
+# And the axes must divide what they share, a pipeline needs microbatches and layers enough for its
+# [schedule](51_generate.py), and the gated delta rule's heads are shared by the ranks of `cp`. All of it is refused
+# here, from the config alone: before a process is started, a tensor made or a folder written.
 
 
 # %%
 #| export
 def check_axes(config: Config, axes: Axes) -> None:
     """Refuse a config whose model or batch cannot be shared along `axes`."""
-    model, train = config.model, config.train
-    rules = [
-        (model.experts % axes.ep == 0, f"mesh.ep: {axes.ep} does not divide model.experts, {model.experts}"),
-        (
-            axes.cp == 1 or train.sequence_length % (2 * axes.cp) == 0,
-            f"mesh.cp: {axes.cp} ranks hold two pieces each, and {2 * axes.cp} does not divide "
-            f"train.sequence_length, {train.sequence_length}",
-        ),
-        (
-            train.batch_size % (train.micro_batch_size * axes.batch_ranks) == 0,
-            f"train.micro_batch_size: {train.micro_batch_size} sequences on each of {axes.batch_ranks} ranks "
-            f"(mesh.dp x mesh.ep) do not divide train.batch_size, {train.batch_size}",
-        ),
-        (
-            axes.pp == 1 or not model.tie_embeddings,
-            "model.tie_embeddings: with mesh.pp > 1 embedding and head live on different ranks; set it to false",
-        ),
-    ]
-    for holds, message in rules:
-        if not holds:
-            raise UserError(message)
+    model, train, (pp, _, cp, ep) = config.model, config.train, axes
+    length, batch, size, ranks = train.sequence_length, train.batch_size, train.micro_batch_size, axes.batch_ranks
+    if model.experts % ep:
+        raise UserError(f"mesh.ep: {ep} does not divide model.experts, {model.experts}")
+    if cp > 1 and length % (2 * cp):
+        held = f"{cp} ranks hold two pieces each of a sequence"
+        raise UserError(f"mesh.cp: {held}, and {2 * cp} does not divide train.sequence_length, {length}")
+    if isinstance(model, Qwen3_5MoeConfig) and model.full_every > 1 and model.delta_key_heads % cp:
+        raise UserError(f"mesh.cp: {cp} does not divide model.delta_key_heads, {model.delta_key_heads}")
+    if batch % ranks:
+        raise UserError(f"mesh.dp x mesh.ep: {ranks} ranks share the batch, and must divide train.batch_size, {batch}")
+    if batch % (size * ranks):
+        raise UserError(
+            f"train.micro_batch_size: {size} sequences on each of {ranks} ranks (mesh.dp x mesh.ep) "
+            f"do not divide train.batch_size, {batch}"
+        )
+    if pp > 1 and model.tie_embeddings:
+        raise UserError("model.tie_embeddings: with mesh.pp > 1 embedding and head are on two ranks; set it to false")
+    try:
+        cure = "raise train.batch_size, lower train.micro_batch_size or choose another mesh.schedule"
+        schedule = generate(config.mesh.schedule if pp > 1 else "1f1b", pp, batch // (size * ranks))
+        cure = "lower mesh.pp or raise model.layers"
+        split_layers(model.layers, schedule.stages)
+    except ScheduleError as error:
+        raise UserError(f"mesh.pp: {str(error).partition(':')[0]}; {cure}") from None
 
+
+# %%
+for config, axes in (
+    (Config(), Axes(1, 3, 1, 1)),
+    (Config(model=Qwen3_5MoeConfig(delta_key_heads=2)), Axes(1, 1, 4, 1)),
+    (Config(model=Qwen3_5MoeConfig(tie_embeddings=False)), Axes(8, 1, 1, 1)),
+):
+    try:
+        check_axes(config, axes)
+        raise AssertionError(axes)
+    except UserError as error:
+        print(error)
 
 # %% [markdown]
 # ## The object
@@ -173,11 +193,7 @@ def make_mesh(config: MeshConfig, rank: int, world_size: int, device: torch.devi
     names = ("pp", "copies", "shards", "ep")
     experts = DeviceMesh(device.type, ranks.view(axes.pp, config.copies, expert_shards, axes.ep), mesh_dim_names=names)
     context = DeviceMesh(device.type, ranks.view(-1, axes.cp, axes.ep), mesh_dim_names=("rest", "cp", "ep"))
-    others = DeviceMesh(
-        device.type,
-        ranks.view(axes.pp, config.copies, expert_shards * axes.ep),
-        mesh_dim_names=("pp", "copies", "shards"),
-    )
+    others = DeviceMesh(device.type, experts.mesh.flatten(2), mesh_dim_names=names[:3])
     tokens = DeviceMesh(device.type, ranks.view(axes.pp, -1), mesh_dim_names=("pp", "tokens"))
     sharded = ("copies", "shards") if config.copies > 1 else "shards"
     order = torch.tensor(experts.mesh.tolist())[experts.get_local_rank("pp"), experts.get_local_rank("copies")].t()

@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 from pithtrain.config import UserError
 from pithtrain.kernels.dispatch import Plan, gather_sum, plan_rows
 from pithtrain.layers.router import Routed
-from pithtrain.models.stages import Arrived
+from pithtrain.models.stages import Arrived, Exchange
 
 # %% [markdown]
 # ## A token's journey
@@ -95,8 +95,9 @@ fig
 #
 # ## Measured against the closed form
 #
-# Random routing of 4,096 tokens to 128 experts, counted by `plan_rows` itself: what leaves the rank, in
-# bytes of bf16 tokens of width 2,048, with and without deduplication.
+# Random routing of 4,096 tokens to 128 experts, counted by `plan_rows` itself: what leaves the rank on the way out,
+# with and without deduplication. A row is a bf16 token of width 2,048, and beside it the numbers and the fp32 weights
+# of K experts; a copy for one expert needs one of each.
 
 # %%
 from math import comb
@@ -104,10 +105,12 @@ from math import comb
 
 def sent_bytes(top_k, ranks, experts=128, tokens=4096, width=2048):
     choice = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(0)).topk(top_k).indices
-    away = plan_rows(choice, experts // ranks, ranks).counts[1:].sum().item()  # rank 0 is home
+    plan = plan_rows(choice, experts // ranks, ranks)
+    away = plan.counts[1:].sum().item()  # rank 0 is home
     copies = (choice >= experts // ranks).sum().item()
     visits = (ranks - 1) * (1 - comb(experts - experts // ranks, top_k) / comb(experts, top_k))
-    return away * width * 2, copies * width * 2, visits * tokens * width * 2
+    row, copy = (width * 2 + k * (plan.local_ids.element_size() + 4) for k in (top_k, 1))
+    return away * row, copies * copy, visits * tokens * row
 
 
 fig, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True)
@@ -120,7 +123,7 @@ for ax, values, sweep in (
     ax.plot(values, [b / 1e6 for b in once], "o", label="once for each rank")
     ax.plot(values, [b / 1e6 for b in formula], "k:", label="closed form")
     assert all(abs(a / b - 1) < 0.02 for a, b in zip(once, formula, strict=True))
-axes[0].set(xlabel="top_k (8 ranks)", ylabel="MB sent by a rank, one way", title="More experts a token")
+axes[0].set(xlabel="top_k (8 ranks)", ylabel="MB sent by a rank, on the way out", title="More experts a token")
 axes[1].set(xlabel="ranks (top_k 8)", title="More ranks", xscale="log")
 axes[0].legend()
 fig
@@ -263,7 +266,7 @@ assert torch.equal(back, tokens) and torch.equal(gradient, torch.ones(3, 5))
 
 # %%
 #| export
-class ExpertExchange:
+class ExpertExchange(Exchange):
     """Expert parallelism over `group`: rank r of n holds the r-th n-th of every layer's experts."""
 
     def __init__(self, group: dist.ProcessGroup):
@@ -278,7 +281,7 @@ class ExpertExchange:
     def announce(self, routed: Routed) -> Announced:
         own = len(self.share(routed.probs.shape[1]))
         plan = plan_rows(routed.expert_ids, own, self.ranks)
-        both = torch.stack([plan.counts, plan.counts])  # a rehearsal receives nothing: as many as it sends, then
+        both = torch.stack([plan.counts, plan.counts])  # the second row is written over
         dist.all_to_all_single(both[1], plan.counts, group=self.group)
         return Announced(plan, *to_host(both))
 
@@ -315,3 +318,7 @@ for exchange in (AtHome(), ExpertExchange(alone)):
 assert torch.equal(*outputs)
 print(f"{journey.sent[0]} rows travelled; largest difference {(outputs[0] - outputs[1]).abs().max().item()}")
 dist.destroy_process_group()
+
+# %% [markdown]
+# Yours to do: [send each token once](exercises/41_dispatch.py). Next: sequences that no rank holds whole, in
+# [ring attention](42_ring_attention.py).

@@ -15,7 +15,7 @@
 
 # %%
 #| export
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -23,17 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pithtrain.config import UserError
-from pithtrain.kernels.attention import (
-    TILE,
-    add_sinks,
-    attend_piece,
-    flash_fits,
-    merge,
-    block_gradients,
-    pieces,
-    sink_gradients,
-)
-from pithtrain.layers.attention import expand_latent
+from pithtrain.kernels.attention import TILE, add_sinks, attend_piece, block_gradients, flash_fits, merge, pieces
+from pithtrain.kernels.attention import sink_gradients
+from pithtrain.layers.attention import OneRank, expand_latent
 
 # %% [markdown]
 # ## The maths
@@ -84,10 +76,8 @@ assert error < 1e-14
 def zigzag_runs(length: int, ranks: int, rank: int) -> list[range]:
     """The two chunks of a sequence that a rank holds, as positions. Raises UserError if 2 * ranks does not divide."""
     if length % (2 * ranks):
-        raise UserError(
-            f"a sequence of {length} tokens over {ranks} context-parallel ranks: it is cut into {2 * ranks} equal "
-            f"chunks, choose a multiple of {2 * ranks} (such as {-(-length // (2 * ranks)) * 2 * ranks})"
-        )
+        where = f"a sequence of {length} tokens over {ranks} context-parallel ranks"
+        raise UserError(f"{where}: is cut into {2 * ranks} equal chunks; choose a multiple of {2 * ranks}")
     chunk = length // (2 * ranks)
     return [range(i * chunk, (i + 1) * chunk) for i in (rank, 2 * ranks - 1 - rank)]
 
@@ -207,15 +197,14 @@ class Passing(NamedTuple):
 # %%
 #| export
 class RingAttention(torch.autograd.Function):
-    """(ring, q, sinks, expand, scale, cuts, *block) -> out. The block is k and v or, with `expand`, latents.
+    """(ring, q, sinks, expand, scale, cuts, wide, *block) -> out. The block is k and v or, with `expand`, latents.
 
-    cuts: for each rank, the pieces of this rank's queries and that rank's keys.
-    """
+    cuts: for each rank, the pieces of this rank's queries and that rank's keys. wide: features of a value."""
 
     @staticmethod
-    def forward(ctx, ring, q, sinks, expand, scale, cuts, *block):
+    def forward(ctx, ring, q, sinks, expand, scale, cuts, wide, *block):
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-        out = lse.new_zeros(*q.shape[:3], value_features(q, block, expand))
+        out = lse.new_zeros(*q.shape[:3], wide)
         for source, held in ring.hops(list(block)):
             if cuts[source]:
                 k, v = held if expand is None else expand_latent(*held, expand, q.shape[-1])
@@ -258,15 +247,7 @@ class RingAttention(torch.autograd.Function):
             passing = ring.pass_on(gathered)
         dblock = [total.to(t.dtype) for total, t in zip(passing.wait(), block, strict=True)]
         dsinks = None if sinks is None else sink_gradients(grad, out, lse, sinks)
-        return None, dq.to(q.dtype), dsinks, dexpand and dexpand[0].to(expand.dtype), None, None, *dblock
-
-
-# %%
-#| export
-def value_features(q: Tensor, block: Sequence[Tensor], expand: Tensor | None) -> int:
-    """Features of a value, in a block of keys and values or of latents."""
-    last = block[1].shape[-1]
-    return last if expand is None else expand.shape[1] - (q.shape[-1] - last)
+        return None, dq.to(q.dtype), dsinks, dexpand and dexpand[0].to(expand.dtype), None, None, None, *dblock
 
 
 # %% [markdown]
@@ -299,30 +280,32 @@ class AllToAll(torch.autograd.Function):
 
 # %%
 #| export
-class Ring:
-    """The core of a rank that holds its zigzag share of each sequence; for its methods see `AttentionCore`."""
+class Ring(OneRank):
+    """The core of a rank that holds its zigzag share of each sequence; what its methods take is told there."""
 
     def __init__(self, group: dist.ProcessGroup):
         self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
 
     def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        documents: Tensor | None = None,
-        window: int | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """Raises UserError for an odd number of tokens, and for a cache."""
-        return self.run(q, (k, v), None, scale, documents, window, sinks)
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None,
+        window: int | None = None, sinks: Tensor | None = None, expand: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """With `expand`, k and v are latents and a rotated key. UserError for odd numbers of tokens and a cache."""
+        if k.shape[-2] != q.shape[2]:
+            raise UserError("generation with a cache runs without context parallelism: set cp = 1")
+        length, wide = q.shape[2] * self.size, v.shape[-1]
+        if expand is not None:
+            wide = expand.shape[1] - (q.shape[-1] - wide)
+        owned = [zigzag_runs(length, self.size, rank) for rank in range(self.size)]
+        tile = None if flash_fits(q, wide) else TILE
+        cuts = [pieces(owned[self.rank], keys, q.shape[0], length, window, documents, tile) for keys in owned]
+        return RingAttention.apply(self, q, sinks, expand, scale, cuts, wide, k.contiguous(), v.contiguous())
 
     def attend_latent(
         self, q: Tensor, latent: Tensor, key_rope: Tensor, expand: Tensor, scale: float, documents: Tensor | None = None
     ) -> Tensor:
         """Latents travel, never the keys made of them. Raises as `attend`."""
-        return self.run(q, (latent, key_rope), expand, scale, documents)
+        return self.attend(q, latent, key_rope, scale, documents, expand=expand)
 
     def whole_sequence(self, x: Tensor) -> Tensor:
         """Raises UserError if the number of ranks does not divide the heads."""
@@ -340,31 +323,9 @@ class Ring:
     def held(self, heads: int) -> slice:
         """Raises as `whole_sequence`."""
         if heads % self.size:
-            raise UserError(
-                f"{heads} heads cannot be shared by {self.size} context-parallel ranks: choose a number of ranks "
-                "that divides them"
-            )
+            raise UserError(f"mesh.cp: {heads} heads cannot be shared by {self.size} ranks; choose a divisor of them")
         share = heads // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
-
-    def run(
-        self,
-        q: Tensor,
-        block: tuple[Tensor, Tensor],
-        expand: Tensor | None,
-        scale: float,
-        documents: Tensor | None,
-        window: int | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """What `attend` and `attend_latent` share."""
-        if block[0].shape[-2] != q.shape[2]:
-            raise UserError("generation with a cache runs without context parallelism: set cp = 1")
-        length = q.shape[2] * self.size
-        owned = [zigzag_runs(length, self.size, rank) for rank in range(self.size)]
-        tile = None if flash_fits(q, value_features(q, block, expand)) else TILE
-        cuts = [pieces(owned[self.rank], keys, q.shape[0], length, window, documents, tile) for keys in owned]
-        return RingAttention.apply(self, q, sinks, expand, scale, cuts, *(t.contiguous() for t in block))
 
     def hops(self, block: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
         """This rank's block, then those of the ranks before it, each with its rank; the next one is on its way."""
@@ -434,7 +395,7 @@ with tempfile.TemporaryDirectory() as folder:
     commands = [[sys.executable, f"{folder}/ring.py", str(rank), f"{folder}/store"] for rank in range(2)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
     for process in processes:
-        print(process.communicate(timeout=60)[0], end="")
+        print(process.communicate(timeout=300)[0], end="")
         assert process.returncode == 0
 
 # %% [markdown]
@@ -469,4 +430,5 @@ fig
 # tokens, the other ranks' blocks at hand so that nothing travels): one of four ranks takes 5.4 ms forward and
 # 12.6 ms backward; a quarter of the whole computed at once takes 3.5 and 10.0.
 #
-# Next: how the parameters themselves are spread: [sharding](43_sharding.py).
+# Yours to do: [merge two softmaxes](exercises/42_ring.py). Next: how the parameters themselves are
+# spread: [sharding](43_sharding.py).

@@ -17,16 +17,17 @@
 # %%
 #| export
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
 from pithtrain.models.decoder import Decoder
 from pithtrain.parallel.mesh import Mesh
-from pithtrain.parallel.pipeline.engine import Together
 from pithtrain.parallel.pipeline.overlap import PartStage
 
 # %% [markdown]
@@ -40,18 +41,13 @@ from pithtrain.parallel.pipeline.overlap import PartStage
 
 # %%
 #| export
-def sum_gradients(module: nn.Module) -> None:
-    """Have gradients of a sharded module added over ranks, not averaged."""
+def shard(module: nn.Module, over: DeviceMesh, dtype: torch.dtype) -> None:
+    """Shard what of `module` is not yet, in place: weights gathered in `dtype`, gradients added up in fp32."""
+    gathered = None if dtype == torch.float32 else dtype
+    policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(module, mesh=over, mp_policy=policy)
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)
-
-
-# %%
-#| export
-def policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
-    """Weights gathered in `dtype`, gradients added in fp32."""
-    gathered = None if dtype == torch.float32 else dtype
-    return MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 # %%
@@ -59,10 +55,8 @@ def policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
 def shard_layer(layer: nn.Module, dtype: torch.dtype, mesh: Mesh) -> None:
     """Shard a layer's parameters, in place, over the ranks that hold the same ones."""
     if isinstance(layer.experts, nn.Module):
-        fully_shard(layer.experts, mesh=mesh.expert_shards, mp_policy=policy(dtype))
-        sum_gradients(layer.experts)
-    fully_shard(layer, mesh=mesh.shards, mp_policy=policy(dtype))
-    sum_gradients(layer)
+        shard(layer.experts, mesh.expert_shards, dtype)
+    shard(layer, mesh.shards, dtype)
     register_fsdp_forward_method(layer, "attend")
 
 
@@ -70,8 +64,7 @@ def shard_layer(layer: nn.Module, dtype: torch.dtype, mesh: Mesh) -> None:
 #| export
 def shard_decoder(part: Decoder, mesh: Mesh) -> None:
     """Shard what `part` has outside of its layers, which are sharded already."""
-    fully_shard(part, mesh=mesh.shards, mp_policy=policy(part.place.dtype))
-    sum_gradients(part)
+    shard(part, mesh.shards, part.place.dtype)
 
 
 # %%
@@ -119,8 +112,8 @@ class ShardedStage(PartStage):
         self.part.set_requires_gradient_sync(False)
         self.part.set_is_last_backward(False)
 
-    def unshard(self) -> Together:
-        return Together(handle for module in sharded_modules(self.part) if (handle := module.unshard(async_op=True)))
+    def unshard(self) -> list[Any]:
+        return [work for module in sharded_modules(self.part) if (work := module.unshard(async_op=True))]
 
     def reshard(self) -> None:
         drop_gathered(self.part)
@@ -131,9 +124,7 @@ class ShardedStage(PartStage):
         # FSDP2 has no public call for this; torch's own pipelines do the same.
         root = fully_shard.state(self.part)
         for state in root._state_ctx.all_states:
-            for group in (
-                state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
-            ):
+            for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
                 if group is not None:
                     group.post_backward()
         root._root_post_backward_final_callback()

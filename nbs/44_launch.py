@@ -13,6 +13,7 @@
 # | its place on its host, which picks its GPU | `LOCAL_RANK` | `SLURM_LOCALID` |
 # | the host of rank 0 | `MASTER_ADDR` | the first of `SLURM_STEP_NODELIST` |
 # | a port there, to meet at | `MASTER_PORT` | made from the job's and the step's number |
+# | whether it met its own job there | | `SLURM_JOB_ID` and `SLURM_STEP_ID` again: two jobs can have one port |
 #
 # Nothing of all that: one process. So `pithtrain train CONFIG` is the command everywhere, and whatever starts
 # it decides how many ranks there are.
@@ -83,6 +84,7 @@ class Launch(NamedTuple):
     address: str = "localhost"  #: host of rank 0
     port: int = 0  #: where the job's store listens on that host
     hosted: bool = False  #: the launcher holds the store, as torchrun does, and not rank 0
+    job: str = ""  #: tells the job from another that meets at the same port
 
 
 # %%
@@ -108,8 +110,7 @@ def read_number(environment: Mapping[str, str], name: str, because: str, low: in
 def find_launch(environment: Mapping[str, str]) -> Launch:
     """What the launcher (torchrun, `pithtrain launch`, srun, or none) told this process, from its environment.
 
-    Raises UserError naming the variable that is missing, out of range or at odds with another.
-    """
+    Raises UserError naming the variable that is missing, out of range or at odds with another."""
     step = "SLURM_STEP_NUM_TASKS" in environment or "SLURM_STEP_ID" in environment
     torchrun = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in environment]
     if torchrun:
@@ -142,7 +143,8 @@ def find_launch(environment: Mapping[str, str]) -> Launch:
         raise UserError(f"MASTER_ADDR: not set, although {many}; set it to the host of rank 0")
     port = read_number({"MASTER_PORT": port} if port else {}, "MASTER_PORT", many, 1, 65_535)
     hosted = torchrun != [] and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return Launch(rank, world_size, local_rank, address, port, hosted)
+    job = "" if torchrun else "{}.{}".format(*map(environment.get, ("SLURM_JOB_ID", "SLURM_STEP_ID")))
+    return Launch(rank, world_size, local_rank, address, port, hosted, job)
 
 
 # %%
@@ -194,8 +196,7 @@ def launch(nproc: int, command: list[str], grace: float = 10.0) -> int:
     """Run `python *command` as ranks 0 to `nproc` - 1 on this host; return the first failure's exit code, else 0.
 
     SIGINT, SIGTERM and SIGHUP are passed on to the ranks. `grace`: seconds that ranks have to end by themselves
-    after one of them failed.
-    """
+    after one of them failed."""
     with socket.create_server(("localhost", 0)) as probe:
         port = probe.getsockname()[1]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -212,10 +213,8 @@ def launch(nproc: int, command: list[str], grace: float = 10.0) -> int:
     try:
         for rank in range(nproc):
             environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            started = subprocess.Popen(
-                [sys.executable, *command], env=environment, stdin=subprocess.DEVNULL, process_group=0
-            )
-            ranks.append(started)
+            whole = [sys.executable, *command]
+            ranks.append(subprocess.Popen(whole, env=environment, stdin=subprocess.DEVNULL, process_group=0))
         while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
             time.sleep(0.05)
             failed = [rank.returncode for rank in ranks if rank.poll()]
@@ -257,6 +256,6 @@ assert code == 7
 
 # %% [markdown]
 # Several hosts need a launcher that reaches them: `torchrun --nnodes 4 --nproc-per-node 8 ... -m pithtrain.cli
-# train CONFIG` on each, or `srun --ntasks-per-node 8 pithtrain train CONFIG` in a SLURM job.
+# train CONFIG` on each, or `srun --kill-on-bad-exit=1 --ntasks-per-node 8 pithtrain train CONFIG` in a SLURM job.
 #
 # Next: how the ranks meet, and how [a failure of one ends them all](45_watch.py).

@@ -53,17 +53,22 @@ from pithtrain.parallel.launch import Launch
 # ## Meeting
 #
 # Ranks meet at a *store*, a small table that one process holds and all can read: torchrun's own, or rank 0's.
-# There rank 0 writes where its watch listens; later the process groups use the same store.
+# There rank 0 writes where its watch listens; later the process groups use the same store. Every key begins with the
+# job's own name: who reaches another job's store, on a port that both were given, finds nothing there.
 
 
 # %%
 #| export
 def open_store(launch: Launch, patience: timedelta) -> Store:
-    """The job's key-value store. Raises UserError where rank 0 cannot open it or this rank cannot reach it."""
+    """The job's store, once rank 0 was there. Raises UserError where rank 0 cannot open it, or is not met in time."""
     here = launch.rank == 0 and not launch.hosted
     try:
         # Does not wait for all ranks: one that failed on its way is told apart by the watch, not by a timeout.
-        return TCPStore(launch.address, launch.port, None, here, patience, wait_for_workers=False)
+        store = TCPStore(launch.address, launch.port, None, here, patience, wait_for_workers=False)
+        store = PrefixStore(launch.job, store)
+        if launch.rank:
+            store.wait(["watch"], patience)
+        return store
     except dist.DistError as error:
         what = "cannot be opened by rank 0; is another run using it?" if here else "does not answer; is rank 0 there?"
         reason = str(error).splitlines()[0]
@@ -86,6 +91,9 @@ class Failure(NamedTuple):
     code: int  #: with which all ranks exit
     cause: str  #: one line that names the rank, its host and its process
     message: str = ""  #: the error alone, as `describe` gives it; empty for a death
+
+
+GONE = "was killed or crashed, or its host is gone"
 
 
 # %%
@@ -150,12 +158,20 @@ print(*read_lines(here))
 
 # %%
 #| export
+def later(seconds: float, what: Callable, *arguments: object) -> None:
+    """Call `what` in so many seconds, if this process is still there."""
+    timer = threading.Timer(seconds, what, arguments)
+    timer.daemon = True
+    timer.start()
+
+
+# %%
+#| export
 class Referee:
     """Hears all ranks of a job and tells each of them, once, how the job ends.
 
     `start`: seconds within which all ranks must have joined. `grace`: how long an exception waits for a death
-    that explains it; both ends of a broken connection notice, and the survivor may be heard first.
-    """
+    that explains it; both ends of a broken connection notice, and the survivor may be heard first."""
 
     def __init__(self, world_size: int, start: float, grace: float) -> None:
         family = socket.AF_INET6 if (both := socket.has_dualstack_ipv6()) else socket.AF_INET
@@ -166,13 +182,8 @@ class Referee:
         self.well: set[int] = set()
         self.verdict: bytes | None = None
         self.lock = threading.Lock()
-        self.later(start, self.count)
+        later(start, self.count)
         threading.Thread(target=self.accept, daemon=True).start()
-
-    def later(self, seconds: float, what: Callable, *arguments: object) -> None:
-        timer = threading.Timer(seconds, what, arguments)
-        timer.daemon = True
-        timer.start()
 
     def accept(self) -> None:
         while True:
@@ -196,12 +207,12 @@ class Referee:
         for line in lines:
             if report := json.loads(line):
                 code, message = report
-                self.later(self.grace, self.judge, Failure(rank, code, f"{who} failed: {message}", message))
+                later(self.grace, self.judge, Failure(rank, code, f"{who} failed: {message}", message))
             else:
                 self.well.add(rank)
                 if len(self.well) == self.world_size:
                     self.judge(None)
-        self.judge(Failure(rank, 1, f"{who} was killed or crashed, or its host is gone"))
+        self.judge(Failure(rank, 1, f"{who} {GONE}"))
 
     def judge(self, verdict: Failure | None) -> None:
         """Tell all ranks the verdict, unless there was one; None is the good one."""
@@ -233,8 +244,7 @@ class Referee:
 class Member:
     """A rank's connection to the referee, and the thread that ends this process on a failure anywhere.
 
-    `who` is this rank, and `zero` rank 0, with host and process.
-    """
+    `who` is this rank, and `zero` rank 0, with host and process."""
 
     def __init__(self, launch: Launch, connection: socket.socket, who: str, zero: str) -> None:
         self.launch, self.connection, self.who, self.zero = launch, connection, who, zero
@@ -251,9 +261,7 @@ class Member:
         """Wait for the verdict; return on a good one, end the process on any other."""
         verdict = json.loads(next(read_lines(self.connection), b"false"))
         if verdict is False:
-            self.stop(
-                Failure(0, 1, f"{self.zero} was killed or crashed, or its host is gone"), self.launch.local_rank < 2
-            )
+            self.stop(Failure(0, 1, f"{self.zero} {GONE}"), self.launch.local_rank < 2)
         elif verdict is not None:
             self.stop(Failure(*verdict), self.launch.rank == 0)
 
@@ -273,9 +281,7 @@ class Member:
 
     def stop(self, failure: Failure, speak: bool) -> None:
         """End this process, whatever its other threads are stuck in. Does not return."""
-        timer = threading.Timer(5, os._exit, [failure.code])  # should writing hang
-        timer.daemon = True
-        timer.start()
+        later(5, os._exit, failure.code)  # should writing hang
         own, error = failure.rank == self.launch.rank, self.error
         if own and error and failure.code == 1:
             sys.excepthook(type(error), error, error.__traceback__)
@@ -306,8 +312,7 @@ def watch(launch: Launch, start: float = 300.0, grace: float = 0.5) -> Iterator[
 
     Yields the job's store, or None in a job of one rank, where it does nothing at all. `start` and `grace` are
     the `Referee`'s, in seconds. The exit code is 2 for a UserError, 130 for an interruption, else 1. Raises
-    UserError where rank 0 cannot be met.
-    """
+    UserError where rank 0 cannot be met."""
     if launch.world_size == 1:
         yield None
         return
@@ -338,8 +343,7 @@ def watch(launch: Launch, start: float = 300.0, grace: float = 0.5) -> Iterator[
 def process_group(launch: Launch, store: Store | None, device: torch.device) -> Iterator[torch.device]:
     """torch.distributed over all ranks; yields this rank's device, for CUDA the one of its local rank.
 
-    gloo on CPUs; on GPUs NCCL, with gloo for tensors that live on the host. Does nothing for one rank.
-    """
+    gloo on CPUs; on GPUs NCCL, with gloo for tensors that live on the host. Does nothing for one rank."""
     if launch.world_size == 1:
         yield device
         return

@@ -84,7 +84,7 @@ def test_each_launcher_is_understood():
     assert find_launch(TORCHRUN) == find_launch(SRUN | TORCHRUN) == Launch(5, 8, 1, "gpu7", 29500)
     assert find_launch(TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).hosted
     found = find_launch(SRUN)
-    assert found[:4] == (5, 8, 1, "gpu003") and not found.hosted
+    assert found[:4] == (5, 8, 1, "gpu003") and not found.hosted and found.job == "4711.3"
     assert find_launch(without(SRUN, "SLURM_STEP_NODELIST")).address == "login1"
     assert find_launch(without(SRUN, "SLURM_STEP_NUM_TASKS"))[:3] == (5, 8, 1)
     assert find_launch(SRUN | {"MASTER_ADDR": "here", "MASTER_PORT": "7"})[3:5] == ("here", 7)
@@ -370,6 +370,19 @@ def test_a_store_that_cannot_be_opened_or_met_is_a_mistake_with_its_address():
             open_store(Launch(0, 2, 0, "localhost", port), timedelta(seconds=5))
     with pytest.raises(UserError, match=f"^MASTER_ADDR, MASTER_PORT: localhost:{port} does not answer"):
         open_store(Launch(1, 2, 1, "localhost", port), timedelta(seconds=1))
+
+
+def test_a_rank_that_meets_another_job_at_its_port_does_not_join_it():
+    from datetime import timedelta
+
+    from pithtrain.parallel.watch import open_store
+
+    port = free_port()
+    first = open_store(Launch(0, 2, 0, "localhost", port, job="1.0"), timedelta(seconds=30))
+    first.set("watch", "here")
+    assert open_store(Launch(1, 2, 1, "localhost", port, job="1.0"), timedelta(seconds=30)).get("watch") == b"here"
+    with pytest.raises(UserError, match=f"^MASTER_ADDR, MASTER_PORT: localhost:{port} does not answer"):
+        open_store(Launch(1, 2, 1, "localhost", port, job="2.0"), timedelta(seconds=1))
 
 
 def test_a_stranger_neither_joins_nor_disturbs():
