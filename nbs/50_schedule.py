@@ -79,8 +79,7 @@ class Op(StrEnum):
 class Action(NamedTuple):
     """One step of a rank: `op` on `stage` for `microbatch`, or several `parts` taken together.
 
-    UNSHARD, RESHARD and REDUCE have a stage and no microbatch; OVERLAP and EXCHANGE have parts alone.
-    """
+    UNSHARD, RESHARD and REDUCE have a stage and no microbatch; OVERLAP and EXCHANGE have parts alone."""
 
     op: Op
     stage: int = -1
@@ -185,8 +184,7 @@ def needs(action: Action, schedule: Schedule, explicit: bool) -> tuple[Action, .
     """What must be complete before `action` starts; a full backward is looked up as its input half.
 
     With `explicit`, data from another rank is needed as its RECV; else as the action that makes it. A
-    RECV itself waits for its partner alone, which is a matter of both ranks: see `partner`.
-    """
+    RECV itself waits for its partner alone, which is a matter of both ranks: see `partner`."""
     op, stage, m, parts = action
     place = schedule.placement
 
@@ -224,19 +222,18 @@ for action in relay.ranks[1]:
 
 # %%
 #| export
+PARTNER = {  # the op at the other end of a transfer, and how many stages on it is
+    Op.SEND_FORWARD: (Op.RECV_FORWARD, 1),
+    Op.RECV_FORWARD: (Op.SEND_FORWARD, -1),
+    Op.SEND_BACKWARD: (Op.RECV_BACKWARD, -1),
+    Op.RECV_BACKWARD: (Op.SEND_BACKWARD, 1),
+}
+
+
 def partner(action: Action) -> Action:
     """The other end of a send or receive."""
-    op, stage, m, _ = action
-    match op:
-        case Op.SEND_FORWARD:
-            return Action(Op.RECV_FORWARD, stage + 1, m)
-        case Op.RECV_FORWARD:
-            return Action(Op.SEND_FORWARD, stage - 1, m)
-        case Op.SEND_BACKWARD:
-            return Action(Op.RECV_BACKWARD, stage - 1, m)
-        case Op.RECV_BACKWARD:
-            return Action(Op.SEND_BACKWARD, stage + 1, m)
-    raise ScheduleError(f"{action} is neither a send nor a receive: it has no partner")
+    op, away = PARTNER[action.op]
+    return Action(op, action.stage + away, action.microbatch)
 
 
 # %%
@@ -276,9 +273,9 @@ print("round:", round_placement(4, 2), " V:", v_placement(4))
 # ## Which layers a stage holds
 #
 # A pipeline runs at the speed of its slowest stage. The first stage also looks up embeddings, and the last
-# computes the head and the loss, which for a large vocabulary costs as much as a few layers. So count both
-# in units of one layer, start with them, and give layers one at a time to whichever stage is lightest. For
-# equal layers this greedy choice makes the heaviest stage as light as it can be.
+# computes the head and the loss, which for a large vocabulary costs as much as a few layers ([71](71_step.py) works
+# out how many from the config). So count both in units of one layer, start with them, and give layers one at a time
+# to whichever stage is lightest. For equal layers this greedy choice makes the heaviest stage as light as it can be.
 
 
 # %%
@@ -286,8 +283,7 @@ print("round:", round_placement(4, 2), " V:", v_placement(4))
 def split_layers(layers: int, stages: int, embedding: float = 1.0, head: float = 1.0) -> list[range]:
     """The layers of each stage, as ranges; edge stages carry less by `embedding` and `head` layers' cost.
 
-    An edge stage may end up with no layer of its own. Raises ScheduleError when a stage would have no work.
-    """
+    An edge stage may end up with no layer of its own. Raises ScheduleError when a stage would have no work."""
     loads = [0.0] * stages
     loads[0] += embedding
     loads[-1] += head
@@ -298,7 +294,8 @@ def split_layers(layers: int, stages: int, embedding: float = 1.0, head: float =
         counts[lightest] += 1
         loads[lightest] += 1
     if min(loads) == 0:
-        raise ScheduleError(f"{layers} layers cannot give {stages} stages work: use fewer stages or chunks")
+        cure = "lower mesh.pp, or choose a mesh.schedule with fewer stages a rank"
+        raise ScheduleError(f"{layers} layers cannot give {stages} stages work: {cure}")
     starts = [sum(counts[:s]) for s in range(stages)]
     return [range(start, start + n) for start, n in zip(starts, counts, strict=True)]
 

@@ -21,14 +21,7 @@
 from itertools import pairwise
 from typing import Literal, get_args
 
-from pithtrain.parallel.pipeline.schedule import (
-    Action,
-    Op,
-    Schedule,
-    ScheduleError,
-    round_placement,
-    v_placement,
-)
+from pithtrain.parallel.pipeline.schedule import Action, Op, Schedule, ScheduleError, round_placement, v_placement
 
 # %% [markdown]
 # Two helpers: a pass of every microbatch, and the one way in which a count can be refused.
@@ -45,8 +38,8 @@ def _each(op: Op, stage: int, microbatches: int) -> list[Action]:
 def _at_least(kind: str, pp: int, microbatches: int, fewest: int = 1) -> None:
     if pp < 1 or microbatches < fewest:
         raise ScheduleError(
-            f"{kind} on {pp} ranks needs pp >= 1 and microbatches >= {fewest}, not {microbatches}:"
-            " raise the batch size or choose another kind"
+            f"{kind} on {pp} ranks needs pp >= 1 and microbatches >= {fewest}, not {microbatches}: raise"
+            " train.batch_size, lower train.micro_batch_size or mesh.pp, or choose another mesh.schedule"
         )
 
 
@@ -380,5 +373,7 @@ for kind in KINDS:
     print(f"{kind:12} {schedule.stages} stages, {passes} passes on rank 0")
 
 # %% [markdown]
+# Yours to do: [a schedule of one's own](exercises/51_schedule.py).
+#
 # Lists of letters hide what they mean. How long each takes, and who waits for whom, comes next, in
 # [52_simulate](52_simulate.py); pictures in [55_draw](55_draw.py).

@@ -46,8 +46,8 @@ class Costs:
     """What actions take, in one unit of time; per-stage where a tuple is given.
 
     `send` is one activation or gradient from rank to rank, `unshard` and `reduce` one stage's parameters;
-    `memory` is one live activation of a stage, in any unit. Raises ScheduleError for times below zero.
-    """
+    `memory` is one live activation of a stage, in any unit. A whole backward takes what its halves take, unless
+    `backward` says otherwise. Raises ScheduleError for times below zero."""
 
     forward: float | tuple[float, ...] = 1.0
     backward_input: float | tuple[float, ...] = 1.0
@@ -57,11 +57,12 @@ class Costs:
     unshard: float = 0.0
     reduce: float = 0.0
     memory: float | tuple[float, ...] = 1.0
+    backward: float | tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             numbers = value if isinstance(value, tuple) else (value,)
-            if not all(x >= 0 and math.isfinite(x) for x in numbers):
+            if value is not None and not all(x >= 0 and math.isfinite(x) for x in numbers):
                 raise ScheduleError(f"costs.{name} is {value}: give finite numbers >= 0")
         if self.hidden > 1:
             raise ScheduleError(f"costs.hidden is {self.hidden}: it is a share, at most 1")
@@ -75,6 +76,8 @@ class Costs:
                 return at(self.backward_input, action.stage)
             case Op.BACKWARD_WEIGHT:
                 return at(self.backward_weight, action.stage)
+            case Op.BACKWARD if self.backward is not None:
+                return at(self.backward, action.stage)
             case Op.BACKWARD:
                 return at(self.backward_input, action.stage) + at(self.backward_weight, action.stage)
             case Op.OVERLAP:
@@ -91,7 +94,7 @@ class Costs:
         shrunk = {
             name: tuple(x / chunks for x in value) if isinstance(value, tuple) else value / chunks
             for name, value in vars(self).items()
-            if name not in ("hidden", "send")
+            if name not in ("hidden", "send") and value is not None
         }
         return replace(self, **shrunk)
 
@@ -196,7 +199,9 @@ print("1F1B, 4 ranks, 8 microbatches:", simulate_small(generate("1f1b", 4, 8), C
 #
 # Once a schedule spells out its exchanges, the strictest reading of them is the one to trust, that of NCCL:
 # a rank's exchanges run one after another on one stream, each send waits for its receive and each receive
-# for its send, and an exchange is over when all of its parts are. Posting one does not hold the rank up, but
+# for its send, and an exchange is over when all of its parts are. In which order the parts of one exchange move is
+# NCCL's affair: two sends to the same rank may well go one after the other, each beside a receive. So nothing of an
+# exchange is counted on before all of its partners have come to it. Posting one does not hold the rank up, but
 # a pass that needs what is received does wait. Whatever is free of deadlock under this reading is so under
 # any kinder one (several streams, buffered sends).
 #
@@ -227,8 +232,7 @@ def simulate(schedule: Schedule, costs: Costs = UNIT) -> Timeline:
     """Times a schedule, with or without explicit exchanges and gathers.
 
     Without exchanges, data reaches another rank `costs.send` after it was made. Raises ScheduleError, naming
-    each rank that is stuck and what it waits for, if the schedule can deadlock.
-    """
+    each rank that is stuck and what it waits for, if the schedule can deadlock."""
     explicit = any(action.op is Op.EXCHANGE for actions in schedule.ranks for action in actions)
     ranks = [_Rank() for _ in schedule.ranks]
     done: dict[Action, float] = {}
@@ -308,29 +312,27 @@ def _account(state: _Rank, costs: Costs, action: Action, done: dict[Action, floa
 
 
 # %% [markdown]
-# A transfer happens when both of its ends have come to the head of their rank's stream:
+# An exchange happens when it, those of its partners, theirs and so on have all come to the head of their ranks'
+# streams:
 
 
 # %%
 #| export
 def _deliver(schedule: Schedule, costs: Costs, ranks: list[_Rank], r: int, done: dict[Action, float]) -> bool:
-    """Runs what can run of the exchange at the head of a rank's stream; True if that finishes it."""
-    state = ranks[r]
-    if not state.posted:
-        return False
-    posted, parts = state.posted[0]
-    for part in parts:
-        other = partner(part)
-        if part in done or not 0 <= other.stage < schedule.stages:
-            continue
-        peer = ranks[schedule.placement[other.stage]]
-        if peer.posted and other in peer.posted[0][1]:
-            start = max(posted, state.wire, peer.posted[0][0], peer.wire)
-            done[part] = done[other] = start + costs.send
-    if not all(part in done for part in parts):
-        return False
-    state.wire = max([state.wire, *(done[part] for part in parts)])
-    state.posted.popleft()
+    """Runs the exchange at the head of a rank's stream and all that hang together with it; True if that could be."""
+    together = [r]
+    for member in together:  # grows on the way
+        if not ranks[member].posted:
+            return False
+        for other in map(partner, ranks[member].posted[0][1]):
+            peer = schedule.placement[other.stage] if 0 <= other.stage < schedule.stages else r
+            if not ranks[peer].posted or other not in ranks[peer].posted[0][1]:
+                return False
+            together += [] if peer in together else [peer]
+    end = max(max(ranks[member].posted[0][0], ranks[member].wire) for member in together) + costs.send
+    for member in together:
+        ranks[member].wire = end
+        done.update(dict.fromkeys(ranks[member].posted.popleft()[1], end))
     return True
 
 
@@ -399,6 +401,10 @@ except ScheduleError as error:
 # - ZBV's bubble is $(p-1)\max(\mathsf{I}, 2(\mathsf{I}-\mathsf{W}))$ where
 #   $\mathsf{F} \le \mathsf{I} \ge \mathsf{W}$ and $m \ge 2p$. With all three equal this is $(p-1)\mathsf{F}$:
 #   exactly the time that the last rank is idle before it can start.
+#
+# For costs outside of such a region there still is a bound. The equations at the top hold sums and maxima alone, so
+# a step never gets longer when a cost gets smaller: it takes at most what it takes with $\mathsf{I}$ raised to
+# $\max(\mathsf{F}, \mathsf{I}, \mathsf{W})$, where ZBV's form and DualPipeV's hold.
 
 
 # %%
@@ -409,6 +415,7 @@ class ClosedForm(NamedTuple):
     formula: str
     bubble: float
     peak: int
+    lacks: str = ""  #: the condition of the formula, if these costs and counts do not meet it
 
 
 # %%
@@ -417,13 +424,12 @@ def closed_form(kind: Kind, pp: int, microbatches: int, costs: Costs, chunks: in
     """The closed form of a kind for equal stages, in units of one stage, with communication free.
 
     That of "zbv" is measured by this simulator; the others are published (sources in notebook 52). Raises
-    ScheduleError for per-stage costs, which they do not cover.
-    """
+    ScheduleError for per-stage costs, which they do not cover."""
     if any(isinstance(value, tuple) for value in vars(costs).values()):
         raise ScheduleError("closed forms are for equal stages: give one number for each cost")
     p, m = pp, microbatches
-    f, i, w = costs.forward, costs.backward_input, costs.backward_weight
-    b = i + w
+    f, i, w, b = costs.forward, costs.backward_input, costs.backward_weight, costs.of(Action(Op.BACKWARD, 0))
+    v_shaped = "" if f <= i >= w and m >= 2 * p else "F <= I >= W, m >= 2p"
     match kind:
         case "gpipe":
             return ClosedForm("(p-1)(F+B)", (p - 1) * (f + b), m)
@@ -432,14 +438,16 @@ def closed_form(kind: Kind, pp: int, microbatches: int, costs: Costs, chunks: in
         case "interleaved":
             group = math.ceil(m / max(1, m // p))
             peak = min(m * chunks, (chunks - 1) * group + 2 * (p - 1) + 1)
-            return ClosedForm("(p-1)(F+B)", (p - 1) * (f + b), peak)
+            return ClosedForm("(p-1)(F+B)", (p - 1) * (f + b), peak, "" if m >= p else "m >= p")
         case "zb_h1":
-            return ClosedForm("(p-1)(F+B-2W)", (p - 1) * (f + b - 2 * w), min(m, p))
+            lacks = "" if w <= min(f, i) and m >= p else "W <= F, W <= I, m >= p"
+            return ClosedForm("(p-1)(F+B-2W)", (p - 1) * (f + b - 2 * w), min(m, p), lacks)
         case "zbv":
-            return ClosedForm("(p-1)max(I,2I-2W)", (p - 1) * max(i, 2 * (i - w)), min(2 * m, 2 * p))
+            formula, bubble = "(p-1)max(I,2I-2W), as measured here", (p - 1) * max(i, 2 * (i - w))
+            return ClosedForm(formula, bubble, min(2 * m, 2 * p), v_shaped)
         case "dualpipev":
             overlapped = f + b - costs.hidden * min(f, b)
-            return ClosedForm("(p-1)(F&B+B-3W)", (p - 1) * (overlapped + b - 3 * w), 2 * p + 1)
+            return ClosedForm("(p-1)(F&B+B-3W)", (p - 1) * (overlapped + b - 3 * w), 2 * p + 1, v_shaped)
     raise ScheduleError(f"no closed form is known for {kind!r}")
 
 
@@ -475,6 +483,7 @@ fig
 
 # %% [markdown]
 # GPipe hides behind 1F1B: their bubbles are equal, only their memory differs. Without any overlap to gain,
-# DualPipeV is level with ZB-H1 here, and ZBV wins. What overlap does is seen when expert communication is counted:
+# DualPipeV is level with ZB-H1 here, and ZBV wins. What overlap does is seen in [56](56_describe.py), where expert
+# communication is counted.
 #
 # **Next:** where the sends and receives go, in [53_lower](53_lower.py).

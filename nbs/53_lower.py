@@ -28,7 +28,11 @@
 # only. By induction over $t$ every transfer gets done, *whatever the passes really cost*: the simulated times
 # fix an order, and the order is all that is used.
 #
-# Transfers that a rank posts between the same two passes become one exchange: batched sends and receives.
+# Transfers of the same $t$ that a rank posts between the same two passes become one exchange: batched sends and
+# receives. Those of different times stay apart, although they could be posted together: a rank may make what it sends
+# at the later time from what it receives at the earlier one, and a batch may wait for its last part before its first is
+# through. (An overlapped pair of passes sends two tensors at once, in a V often to the same rank. Lists that batched
+# them with what comes back for them hung on two GPUs; gloo, which buffers, had run the same lists for long.)
 
 # %%
 #| export
@@ -45,21 +49,20 @@ def add_exchanges(schedule: Schedule, costs: Costs = UNIT) -> Schedule:
     """The same passes with their sends and receives between them, in the order of a simulation by `costs`.
 
     Neighbouring stages on one rank hand over without a transfer. The result is free of deadlock for any
-    costs. Raises ScheduleError where a pass would take no time, since then times are no order.
-    """
+    costs. Raises ScheduleError where a pass would take no time, since then times are no order."""
     ends = [[span.end for span in spans] for spans in simulate(schedule, replace(costs, send=0.0)).compute]
     if any(a >= b for times in ends for a, b in zip([0.0, *times], times, strict=False)):
         raise ScheduleError("a pass takes no time: give forward and backward costs above 0 to order transfers")
-    gaps = [[[] for _ in range(len(actions) + 1)] for actions in schedule.ranks]
+    gaps: list[list[dict[float, list[Action]]]] = [[{} for _ in range(len(times) + 1)] for times in ends]
     for time, send in sorted(_sends(schedule, ends)):
         for end in (send, partner(send)):
             rank = schedule.placement[end.stage]
-            gaps[rank][bisect_right(ends[rank], time)].append(end)
+            gaps[rank][bisect_right(ends[rank], time)].setdefault(time, []).append(end)
 
     def rank(r: int) -> tuple[Action, ...]:
         actions = []
         for before, action in zip(gaps[r], (*schedule.ranks[r], None), strict=True):
-            actions += [Action(Op.EXCHANGE, parts=tuple(before))] if before else []
+            actions += [Action(Op.EXCHANGE, parts=tuple(parts)) for parts in before.values()]
             actions += [action] if action else []
         return tuple(actions)
 
@@ -125,8 +128,7 @@ for kind in KINDS:
 def add_sharding(schedule: Schedule, resident: int | None = None) -> Schedule:
     """Adds gathers and reductions, with at most `resident` stages of a rank gathered at once (None: all).
 
-    Raises ScheduleError if an overlapped action needs more stages at once than may be resident.
-    """
+    Raises ScheduleError if an overlapped action needs more stages at once than may be resident."""
     return replace(schedule, ranks=tuple(_shard_rank(actions, resident) for actions in schedule.ranks))
 
 

@@ -26,9 +26,9 @@
 
 # %%
 #| export
-from collections import Counter
+from collections import Counter, defaultdict
 
-from pithtrain.parallel.pipeline.schedule import Action, Op, Schedule, ScheduleError, partner
+from pithtrain.parallel.pipeline.schedule import PARTNER, Action, Op, Schedule, ScheduleError, partner
 from pithtrain.parallel.pipeline.simulate import simulate
 
 
@@ -37,8 +37,7 @@ from pithtrain.parallel.pipeline.simulate import simulate
 def validate(schedule: Schedule) -> None:
     """Raises ScheduleError, in one line, unless the schedule is complete, consistent and free of deadlock.
 
-    A schedule of passes alone is checked as such; one with exchanges or gathers must have all of them.
-    """
+    A schedule of passes alone is checked as such; one with exchanges or gathers must have all of them."""
     if set(schedule.placement) != set(range(len(schedule.ranks))):
         raise ScheduleError(
             f"placement {schedule.placement} does not use ranks 0 to {len(schedule.ranks) - 1}: give each a stage"
@@ -68,16 +67,13 @@ def _check_place(schedule: Schedule, rank: int, action: Action, part: Action) ->
     if not per_stage and not 0 <= part.microbatch < schedule.microbatches:
         raise ScheduleError(f"rank {rank} runs {part}, but there are {schedule.microbatches} microbatches")
     ops = [p.op for p in action.parts]
-    if action.op is Op.OVERLAP and (len(ops) != 2 or ops[0] is not Op.FORWARD or ops[1] not in _BACKWARDS):
-        raise ScheduleError(f"rank {rank} overlaps {action}: give one forward, then one backward")
-    if action.op is Op.EXCHANGE and not set(ops) <= _TRANSFERS:
+    if action.op is Op.OVERLAP and ops != [Op.FORWARD, Op.BACKWARD]:
+        raise ScheduleError(f"rank {rank} overlaps {action}: give one forward, then one backward, whole")
+    if action.op is Op.EXCHANGE and not set(ops) <= PARTNER.keys():
         raise ScheduleError(f"rank {rank} exchanges {action}: give sends and receives alone")
-    if action.op in _TRANSFERS:
+    if action.op in PARTNER:
         raise ScheduleError(f"rank {rank} runs {action} by itself: put it in an exchange")
 
-
-_BACKWARDS = frozenset({Op.BACKWARD, Op.BACKWARD_INPUT})
-_TRANSFERS = frozenset({Op.SEND_FORWARD, Op.RECV_FORWARD, Op.SEND_BACKWARD, Op.RECV_BACKWARD})
 
 # %% [markdown]
 # Every microbatch passes every stage exactly once each way:
@@ -124,15 +120,13 @@ def _check_transfers(schedule: Schedule) -> None:
                 f"rank {place[part.stage]} posts {part} {count[part]} times, and rank {place[other.stage]}"
                 f" its partner {other} {count[other]} times: each transfer has one of both"
             )
-    for a in range(len(posted)):
-        for b in range(a):
-            ours = [part for part in posted[a] if place[partner(part).stage] == b]
-            theirs = [partner(part) for part in posted[b] if place[partner(part).stage] == a]
-            for mine, yours in zip(ours, theirs, strict=True):
-                if mine != yours:
-                    raise ScheduleError(
-                        f"rank {a} posts {mine} where rank {b} posts {partner(yours)}: use one order at both"
-                    )
+    between: dict[tuple[int, int], list[Action]] = defaultdict(list)
+    for part in count:  # in the order of posting
+        between[place[part.stage], place[partner(part).stage]].append(part)
+    for (a, b), ours in between.items():
+        for mine, yours in zip(ours, between[b, a], strict=True):
+            if mine != partner(yours):
+                raise ScheduleError(f"rank {a} posts {mine} where rank {b} posts {yours}: use one order at both")
 
 
 # %% [markdown]

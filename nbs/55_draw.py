@@ -23,12 +23,13 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from pithtrain.parallel.pipeline.schedule import Action, Op, Schedule
-from pithtrain.parallel.pipeline.simulate import UNIT, Costs, Span, Timeline, simulate
+from pithtrain.parallel.pipeline.simulate import UNIT, Costs, Timeline, simulate
 
 # %% [markdown]
 # ## Colours
@@ -39,17 +40,17 @@ from pithtrain.parallel.pipeline.simulate import UNIT, Costs, Span, Timeline, si
 
 # %%
 #| export
+SHADES = {  # of the first chunk of a rank, and of its last
+    Op.FORWARD: ((0.66, 0.80, 0.95), (0.16, 0.38, 0.67)),
+    Op.BACKWARD: ((0.99, 0.78, 0.55), (0.80, 0.36, 0.07)),
+    Op.BACKWARD_INPUT: ((0.91, 0.74, 0.92), (0.53, 0.20, 0.56)),
+    Op.BACKWARD_WEIGHT: ((0.76, 0.88, 0.70), (0.27, 0.51, 0.26)),
+}
+
+
 def colour(action: Action, schedule: Schedule) -> tuple[float, float, float]:
     """RGB of a pass: hue by its op, darker for later chunks of its rank."""
-    match action.op:
-        case Op.FORWARD:
-            light, dark = (0.66, 0.80, 0.95), (0.16, 0.38, 0.67)
-        case Op.BACKWARD:
-            light, dark = (0.99, 0.78, 0.55), (0.80, 0.36, 0.07)
-        case Op.BACKWARD_INPUT:
-            light, dark = (0.91, 0.74, 0.92), (0.53, 0.20, 0.56)
-        case _:
-            light, dark = (0.76, 0.88, 0.70), (0.27, 0.51, 0.26)
+    light, dark = SHADES[action.op]
     chunks = schedule.held_by(schedule.placement[action.stage])
     shade = chunks.index(action.stage) / max(1, len(chunks) - 1)
     return tuple(a + (b - a) * shade for a, b in zip(light, dark, strict=True))
@@ -64,47 +65,40 @@ for op in "FBIW":
 
 # %% [markdown]
 # ## The chart
+#
+# A long schedule has ten thousands of boxes, so all of one colour are drawn as one collection. Whether the numbers of
+# microbatches fit is decided once for a picture, by its short passes: all are numbered, in one size, or none.
 
 
 # %%
 #| export
 def gantt(ax: Axes, timeline: Timeline, title: str) -> None:
     """Draws a timeline into axes: a row per rank, a box per pass, the bubble hatched behind."""
-    schedule = timeline.schedule
-    width = ax.figure.get_figwidth() * 72 * 0.9 / timeline.time  # points per unit of time, about
+    schedule, ranks = timeline.schedule, range(len(timeline.compute))
+    idle = [Rectangle((0, rank - 0.4), timeline.time, 0.8) for rank in ranks]
+    ax.add_collection(PatchCollection(idle, fc="#f3f3f3", ec="#d0d0d0", hatch="////", lw=0))
+    lengths = sorted(span.end - span.start for spans in timeline.compute for span in spans)
+    width = ax.figure.get_figwidth() * 72 * 0.85 * lengths[len(lengths) // 10] / timeline.time  # of a box, in points
+    size = min(9.0, 1.3 * width / (1 + len(str(schedule.microbatches - 1))))
+    boxes: dict[tuple[float, float, float], list[Rectangle]] = {}
     for rank, spans in enumerate(timeline.compute):
-        ax.add_patch(Rectangle((0, rank - 0.4), timeline.time, 0.8, fc="#f3f3f3", ec="#d0d0d0", hatch="////", lw=0))
-        for span in spans:
-            passes = span.action.computes
-            for i, part in enumerate(passes):
-                height = 0.8 / len(passes)
-                _box(ax, span, part, schedule, rank - 0.4 + i * height, height, width)
+        for action, start, end in spans:
+            height = 0.8 / len(action.computes)
+            for i, part in enumerate(action.computes):
+                fill, top = colour(part, schedule), rank - 0.4 + i * height
+                boxes.setdefault(fill, []).append(Rectangle((start, top), end - start, height))
+                if size >= 4.0:
+                    ink = "white" if sum(fill) < 1.6 else "#202020"
+                    middle, where = ((start + end) / 2, top + height / 2), {"ha": "center", "va": "center_baseline"}
+                    ax.text(*middle, part.microbatch, fontsize=size, color=ink, **where)
+    for fill, same in boxes.items():
+        ax.add_collection(PatchCollection(same, fc=fill, ec="white", lw=0.5 if size >= 2 else 0))
+    held = map(schedule.held_by, ranks)
+    names = [f"rank {r}\nstage{'s' * (len(h) > 1)} {', '.join(map(str, h))}" for r, h in zip(ranks, held, strict=True)]
     ax.set_title(title, loc="left", fontsize=10)
-    ax.set(
-        xlabel="time",
-        xlim=(0, timeline.time),
-        ylim=(len(schedule.ranks) - 0.5, -0.5),
-        yticks=range(len(schedule.ranks)),
-        yticklabels=[
-            f"rank {r}\nstage{'s' * (len(held) > 1)} {', '.join(map(str, held))}"
-            for r, held in enumerate(map(schedule.held_by, range(len(schedule.ranks))))
-        ],
-    )
+    ax.set(xlim=(0, timeline.time), ylim=(len(ranks) - 0.5, -0.5), yticks=ranks, yticklabels=names)
     ax.tick_params(axis="y", length=0, labelsize=8)
     ax.spines[["top", "right", "left"]].set_visible(False)
-
-
-# %%
-#| export
-def _box(ax: Axes, span: Span, part: Action, schedule: Schedule, top: float, height: float, width: float) -> None:
-    """One pass: its box, and its microbatch if the number fits; `width` is points per unit of time."""
-    fill = colour(part, schedule)
-    ax.add_patch(Rectangle((span.start, top), span.end - span.start, height, fc=fill, ec="white", lw=0.5))
-    size = min(9.0, 1.3 * (span.end - span.start) * width / (1 + len(str(part.microbatch))))
-    if size >= 4.0:
-        ink = "white" if sum(fill) < 1.6 else "#202020"
-        middle = (span.start + span.end) / 2, top + height / 2
-        ax.text(*middle, part.microbatch, ha="center", va="center_baseline", fontsize=size, color=ink)
 
 
 # %% [markdown]
@@ -134,7 +128,7 @@ def live_activations(ax: Axes, timeline: Timeline) -> None:
     ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.spines[["top", "right"]].set_visible(False)
     if len(timeline.compute) <= 8:
-        ax.legend(fontsize=7, ncols=len(timeline.compute), loc="lower center", frameon=False)
+        ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, labelspacing=0.2)
 
 
 # %%
@@ -153,26 +147,15 @@ def draw_timelines(timelines: Sequence[Timeline], titles: Sequence[str] = (), me
     """Several timelines above each other on one time axis, to be compared; `memory` adds live activations."""
     longest = max(t.time for t in timelines)
     busiest = max(len(spans) for t in timelines for spans in t.compute)
-    heights = []
-    for t in timelines:
-        heights += [0.9 + 0.5 * len(t.compute)] + [1.5] * memory
-    fig, axes = plt.subplots(
-        len(heights),
-        squeeze=False,
-        sharex=True,
-        figsize=(min(16.0, 6.0 + busiest / 8), sum(heights) + 0.4),
-        height_ratios=heights,
-        layout="constrained",
-    )
+    heights = [h for t in timelines for h in (0.9 + 0.5 * len(t.compute), *[1.5] * memory)]
+    size, options = (min(16.0, 6.0 + busiest / 8), sum(heights) + 0.4), {"squeeze": False, "layout": "constrained"}
+    fig, axes = plt.subplots(len(heights), sharex=True, figsize=size, height_ratios=heights, **options)
     rows = iter(axes[:, 0])
     for t, title in zip(timelines, titles or [caption(t) for t in timelines], strict=True):
         gantt(next(rows), t, title)
         if memory:
             live_activations(next(rows), t)
-    for ax in axes[:, 0]:
-        ax.set_xlabel("")
-        ax.set_xlim(0, longest)
-    axes[-1, 0].set_xlabel("time")
+    axes[-1, 0].set(xlabel="time", xlim=(0, longest))
     fig.legend(handles=legend(timelines), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     return fig
 
@@ -192,12 +175,7 @@ def caption(timeline: Timeline) -> str:
 #| export
 def legend(timelines: Sequence[Timeline]) -> list[Patch]:
     """A patch for each kind of pass that occurs, and for the bubble."""
-    names = {
-        Op.FORWARD: "forward",
-        Op.BACKWARD: "backward",
-        Op.BACKWARD_INPUT: "backward, input",
-        Op.BACKWARD_WEIGHT: "backward, weight",
-    }
+    names = dict(zip(SHADES, ("forward", "backward", "backward, input", "backward, weight"), strict=True))
     parts = {part.op for t in timelines for spans in t.compute for span in spans for part in span.action.computes}
     deepest = max((t.schedule for t in timelines), key=lambda s: len(s.held_by(0)))
     patches = [Patch(fc=colour(Action(op, 0), deepest), label=names[op]) for op in names if op in parts]

@@ -26,8 +26,7 @@ from pithtrain.parallel.pipeline.validate import validate
 def describe(schedule: Schedule, costs: Costs = UNIT) -> str:
     """A table of one schedule: time, bubble and live activations per rank, and the closed form of its kind.
 
-    The schedule is simulated as given. Raises ScheduleError if it is not valid.
-    """
+    The schedule is simulated as given. Raises ScheduleError if it is not valid."""
     validate(schedule)
     timeline = simulate(schedule, costs)
     lines = [
@@ -39,13 +38,17 @@ def describe(schedule: Schedule, costs: Costs = UNIT) -> str:
         held = ", ".join(map(str, schedule.held_by(r)))
         lines.append(f"{r:4}  {held:8}{timeline.time - idle:8.2f}  {idle:8.2f}  {timeline.peak[r]:16}")
     share = timeline.bubble / timeline.time
-    lines += ["", f"{'':17}simulated  closed form", f"step time        {timeline.time:9.2f}"]
+    lines += [
+        "",
+        f"{'':17}simulated  closed form" + ", transfers free" * (costs.send > 0),
+        f"step time        {timeline.time:9.2f}",
+    ]
     bubble = f"bubble           {timeline.bubble:9.2f}"
     peak = f"live activations {max(timeline.peak):9}"
     try:
         chunks = len(schedule.held_by(0))
         form = closed_form(schedule.kind, len(schedule.ranks), schedule.microbatches, costs, chunks)
-        bubble += f"  {form.bubble:11.2f}  = {form.formula}"
+        bubble += f"  {form.bubble:11.2f}  = {form.formula}" + (f", which needs {form.lacks}" if form.lacks else "")
         peak += f"  {form.peak:11}"
     except ScheduleError as error:  # a kind of one's own, or unequal stages
         bubble += f"  {'none':>11}  ({error})"
@@ -71,8 +74,7 @@ def compare(pp: int, microbatches: int, costs: Costs = UNIT) -> str:
     """A table of all kinds for one model; `costs` are of 1/pp of it, equal for all ranks.
 
     Schedules are simulated with their exchanges spelled out, so transfers cost what `costs.send` says.
-    Memory is in units of costs.memory. A kind that refuses these counts has its reason in its row.
-    """
+    Memory is in units of costs.memory. A kind that refuses these counts has its reason in its row."""
     lines = [f"{'kind':12} {'stages':>6} {'time':>8} {'bubble':>8} {'idle':>6} {'memory':>8}"]
     for kind in KINDS:
         chunks = 2 if kind in ("interleaved", "zbv", "dualpipev") else 1
@@ -122,14 +124,17 @@ fig
 # The list that `lower` makes is complete. Whoever runs it needs to know these rules and no schedule by name:
 #
 # 1. **Order.** A rank runs its actions first to last. Passes (`F`, `B`, `I`, `W`, overlapped) hold the rank
-#    up; exchanges, gathers and reductions are posted and run beside.
+#    up; exchanges and gathers are posted and run beside. A reduction may be, and is waited for at the end of the
+#    step; that of a [sharded stage](43_sharding.py) is FSDP2's, which returns when its own work is done.
 # 2. **Exchanges.** One exchange is one batch of sends and receives. The exchanges of a rank are posted in the
 #    order of the list, each whole. A pass that uses a received tensor waits for the exchange it came in, and
 #    by then all earlier exchanges of that rank may be waited for too: `validate` has proved that this ends.
 # 3. **Neighbours on one rank** hand over directly: $y$ of stage $s$ is $x$ of stage $s+1$, cut from the
 #    graph so that each stage's backward is its own.
 # 4. **Memory.** A forward's activations live until its `B` or `W`, and no longer. What was sent is dropped when
-#    its exchange has been waited for, by the next pass that needs that exchange or a later one.
+#    its exchange has been waited for, by the next pass that needs that exchange or a later one, or is seen to be
+#    over when another is posted. On the last stage a live microbatch holds the gradient of the whole head in fp32,
+#    vocabulary by hidden, which [its loss](27_loss.py) makes in the forward.
 # 5. **Weight gradients** add up over microbatches, in whatever order the list has, into one sum per parameter.
 # 6. **Parameters.** A stage's are complete from `UNSHARD` (a pass waits for it) to `RESHARD`. `REDUCE` comes
 #    once, after the stage's last weight gradient, and is complete at the end of the step.

@@ -140,9 +140,8 @@ whole = torch.autograd.grad((((x @ w1).relu() @ w2).relu() @ w1).sum(), (x, w1, 
 assert all(torch.equal(t.grad, g) for t, g in zip((x, w1, w2), whole, strict=True))
 
 # %% [markdown]
-# (A custom `autograd.Function` learns nothing of what is asked for from `ctx.needs_input_grad`, which is fixed
-# in the forward; it would compute its weight gradients in both halves. It can ask
-# `torch._C._will_engine_execute_node(ctx.next_functions[i][0])` in its backward instead.)
+# (A node whose backward is written by hand would compute its weight gradients in both halves, unless it
+# [asks](10_triton.py) what is wanted of it.)
 #
 # ## Cutting a forward
 #
@@ -218,8 +217,7 @@ class Tape:
     """One microbatch's way through a stage, in pieces; `beside` is the stream of those that are run aside.
 
     The gradient of the stage's output is put into `last.grad`, and that of its input comes out of `first.grad`,
-    unless `first` is None.
-    """
+    unless `first` is None."""
 
     def __init__(self, beside: torch.cuda.Stream | None = None):
         self.beside, self.anchor = beside, torch.empty(0, requires_grad=True)

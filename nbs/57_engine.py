@@ -22,7 +22,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,43 +43,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # this notebook forks, which autograd a
 # %% [markdown]
 # ## What a stage owes the engine
 #
-# One method per pass. What a forward keeps for its backward is the stage's own affair: the engine holds it,
-# unopened, until the list says backward, and then lets go of it.
-
-
-# %%
-#| export
-class Stage(Protocol):
-    """A stage as the engine sees it. `x`, outputs and gradients have the shape of the boundary tensor.
-
-    `unshard` and `reduce` may return something with a `wait` method, or None if they are done on return.
-    """
-
-    def forward(self, x: Tensor | None, batch: Any) -> tuple[Tensor, Any]:
-        """The output, and what backward needs. The first stage gets x = None; the last returns the loss."""
-        ...
-
-    def backward(self, saved: Any, grad: Tensor) -> Tensor | None:
-        """Adds to weight gradients; the gradient of x, or None for the first stage."""
-        ...
-
-    def backward_input(self, saved: Any, grad: Tensor) -> tuple[Tensor | None, Any]:
-        """The gradient of x alone, and what `backward_weight` needs."""
-        ...
-
-    def backward_weight(self, saved: Any) -> None:
-        """Adds to weight gradients what `backward_input` left out."""
-        ...
-
-    def unshard(self) -> Any: ...
-
-    def reshard(self) -> None: ...
-
-    def reduce(self) -> Any: ...
-
-
-# %% [markdown]
-# ## A module as a stage
+# One method per pass, and three for its weights. What a forward keeps for its backward is the stage's own affair: the
+# engine holds it, unopened, until the list says backward, and then lets go of it.
 #
 # Any module can be a stage. Its forward is run on a [tape](56a_pieces.py) and its backward is that of the tape's
 # pieces, whole or split. As a whole the module is one piece; [57a](57a_overlap.py) cuts a decoder at the stages of its
@@ -93,7 +58,10 @@ class Stage(Protocol):
 # %%
 #| export
 class ModuleStage:
-    """A stage made of any module called as module(x, batch). `beside` is the stream of pieces that are run aside."""
+    """A stage made of any module called as module(x, batch). `beside` is the stream of pieces that are run aside.
+
+    `x`, outputs and gradients have the shape of the boundary tensor. `unshard` and `reduce` may return works to
+    wait for, or None if they are done on return."""
 
     def __init__(self, module: Callable[[Tensor | None, Any], Tensor], beside: torch.cuda.Stream | None = None):
         self.module, self.beside = module, beside
@@ -113,15 +81,18 @@ class ModuleStage:
                 yield
 
     def forward(self, x: Tensor | None, batch: Any) -> tuple[Tensor, Tape]:
+        """The output, and what backward needs. The first stage gets x = None; the last returns the loss."""
         tape = Tape(self.beside)
         deque(self.forward_steps(tape, x, batch), maxlen=0)
         return tape.take(), tape
 
     def backward(self, tape: Tape, grad: Tensor) -> Tensor | None:
+        """Adds to weight gradients; the gradient of x, or None for the first stage."""
         deque(self.backward_steps(tape, grad), maxlen=0)
         return None if tape.first is None else tape.first.grad
 
     def backward_input(self, tape: Tape, grad: Tensor) -> tuple[Tensor | None, Any]:
+        """The gradient of x alone, and what `backward_weight` needs."""
         if tape.first is None:  # nobody waits for the first stage: all of its backward can wait
             return None, (tape, grad)
         tape.last.grad = grad
@@ -131,6 +102,7 @@ class ModuleStage:
         return tape.first.grad, branches
 
     def backward_weight(self, saved: Any) -> None:
+        """Adds to weight gradients what `backward_input` left out."""
         if isinstance(saved, tuple):
             deque(self.backward_steps(*saved), maxlen=0)
             return
@@ -145,19 +117,6 @@ class ModuleStage:
 
     def reduce(self) -> Any:
         return None
-
-
-# %%
-#| export
-class Together:
-    """Several pieces of communication, waited for as one."""
-
-    def __init__(self, works: Iterable[Any]):
-        self.works = list(works)
-
-    def wait(self) -> None:
-        for work in self.works:
-            work.wait()
 
 
 # %%
@@ -211,7 +170,7 @@ assert all(torch.equal(a, b) for a, b in zip(gradients(block, False), gradients(
 class ForwardPass(NamedTuple):
     """A forward that is ready to run."""
 
-    stage: Stage
+    stage: ModuleStage
     x: Tensor | None
     batch: Any
 
@@ -221,7 +180,7 @@ class ForwardPass(NamedTuple):
 class BackwardPass(NamedTuple):
     """A whole backward that is ready to run."""
 
-    stage: Stage
+    stage: ModuleStage
     saved: Any
     grad: Tensor
 
@@ -258,13 +217,12 @@ class Engine:
 
     `stages` holds this rank's stages by number; `boundary` is an example of the tensor between stages (its
     shape, dtype and device; equal everywhere); `group` connects the pipeline's ranks (None: this process is
-    alone). Raises ScheduleError for a schedule that is not valid, or stages that are not the rank's.
-    """
+    alone). Raises ScheduleError for a schedule that is not valid, or stages that are not the rank's."""
 
     def __init__(
         self,
         schedule: Schedule,
-        stages: Mapping[int, Stage],
+        stages: Mapping[int, ModuleStage],
         boundary: Tensor,
         group: dist.ProcessGroup | None = None,
         overlap: Callable[[ForwardPass, BackwardPass], tuple[tuple[Tensor, Any], Tensor | None]] = in_turn,
@@ -276,6 +234,8 @@ class Engine:
             raise ScheduleError(f"the schedule is for {len(schedule.ranks)} ranks, the group has {size}")
         if set(stages) != set(schedule.held_by(self.rank)):
             raise ScheduleError(f"rank {self.rank} holds {schedule.held_by(self.rank)}, but was given {tuple(stages)}")
+        if size > 1 and not any(action.op is Op.EXCHANGE for action in schedule.ranks[self.rank]):
+            raise ScheduleError(f"the schedule ({schedule.kind}) has passes and no exchanges: call `lower` first")
         self.schedule, self.stages, self.boundary = schedule, stages, boundary
         self.group, self.overlap = group, overlap
         self.tensors: dict[tuple[str, int, int], Tensor] = {}  # what a pass is waiting for, or a send
@@ -288,8 +248,8 @@ class Engine:
         """Runs the list once: gradients are summed into the stages, and losses returned by microbatch.
 
         `batches` holds what each stage's forward gets beside x, by microbatch, on every rank. Only the rank of
-        the last stage returns losses; others return []. `record` collects when each pass ran, in seconds.
-        """
+        the last stage returns losses; others return []. `record` collects when each pass ran, in seconds; on a
+        GPU, when it was launched."""
         if len(batches) != self.schedule.microbatches:
             raise ScheduleError(f"{len(batches)} batches for a schedule of {self.schedule.microbatches} microbatches")
         losses: dict[int, Tensor] = {}
@@ -305,9 +265,7 @@ class Engine:
             wait(self.reducing.pop())
         return [losses[m] for m in sorted(losses)]
 
-    def _run(
-        self, action: Action, batches: Sequence[Any], losses: dict[int, Tensor], record: list[Span] | None
-    ) -> None:
+    def _run(self, action: Action, batches: Sequence, losses: dict[int, Tensor], record: list[Span] | None) -> None:
         op, stage, m, parts = action
         match op:
             case Op.EXCHANGE:
@@ -332,7 +290,7 @@ class Engine:
                 backward = BackwardPass(self.stages[part.stage], self.saved.pop((part.stage, part.microbatch)), grad)
         start = time.perf_counter()
         match op:
-            case Op.OVERLAP if parts[1].op is Op.BACKWARD:
+            case Op.OVERLAP:
                 (y, saved), dx = self.overlap(forward, backward)
                 self._forward_done(parts[0], y, saved, losses)
                 self._backward_done(parts[1], dx)
@@ -345,8 +303,6 @@ class Engine:
                 self._backward_done(action, dx)
             case Op.BACKWARD_WEIGHT:
                 self.stages[stage].backward_weight(self.saved.pop((stage, m)))
-            case _:
-                raise ScheduleError(f"the engine cannot run {action}: overlap a forward with a whole backward")
         if record is not None:
             record.append(Span(action, start, time.perf_counter()))
 
@@ -386,6 +342,8 @@ class Engine:
                 tensor = torch.empty_like(self.boundary)
                 received.append(((part.op.value[-1], part.stage, part.microbatch), tensor))
                 ops.append(dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=peer))
+        while self.posted and all(work.is_completed() for work in self.posted[0].works):
+            self._settle()
         self.posted.append(Exchange(dist.batch_isend_irecv(ops), sent, received))
 
     def _settle(self) -> None:
@@ -398,9 +356,9 @@ class Engine:
 
 # %%
 #| export
-def wait(work: Any) -> None:
+def wait(works: Iterable[Any] | None) -> None:
     """Waits for what `unshard` or `reduce` returned, if it returned anything."""
-    if work is not None:
+    for work in works or ():
         work.wait()
 
 
@@ -478,45 +436,20 @@ for kind, *of_ranks in zip(KINDS, *errors, strict=True):
 # ## What the engine itself costs
 #
 # Stages that do nothing, on rank 1 of 4, over a transport that delivers at once: what remains is the engine.
+# `tools/engine_cost.py` measured its CPU time.
 
 # %%
-from torch.testing._internal.distributed.fake_pg import FakeStore
+import json
+from pathlib import Path
+from statistics import median
 
+import pithtrain
 
-class Empty:
-    def __init__(self):
-        self.tensor = torch.zeros(1)
-
-    def forward(self, x, batch):
-        return self.tensor, None
-
-    def backward(self, saved, grad):
-        return self.tensor
-
-    def backward_input(self, saved, grad):
-        return self.tensor, None
-
-    def backward_weight(self, saved):
-        pass
-
-    def unshard(self):
-        pass
-
-    reshard = reduce = unshard
-
-
-dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
-for kind in KINDS:
-    schedule = lower(generate(kind, 4, 16))
-    engine = Engine(schedule, {s: Empty() for s in schedule.held_by(1)}, torch.zeros(1), dist.group.WORLD)
-    times = []
-    for _ in range(11):
-        start = time.perf_counter()
-        engine.step([None] * 16)
-        times.append((time.perf_counter() - start) / len(schedule.ranks[1]))
-    print(f"{kind:12} {1e6 * sorted(times)[5]:5.1f} microseconds an action")
-    assert sorted(times)[5] < 100e-6
-dist.destroy_process_group()
+file = Path(pithtrain.__file__).parent.parent / "docs" / "benchmarks" / "engine-cpu.json"
+result = json.loads(file.read_text())
+print(f"{result['device']}, torch {result['versions']['torch']}, {result['date']}")
+for kind, times in result["microseconds"].items():
+    print(f"{kind:12} {median(times):5.1f} microseconds an action")
 
 # %% [markdown]
 # **Next:** what takes the place of `in_turn` for a real model, in [57a_overlap](57a_overlap.py).

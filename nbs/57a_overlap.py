@@ -63,8 +63,7 @@ class PartStage(ModuleStage):
     """A part of a decoder as a stage of a pipeline, whose pieces are the stages of its layers.
 
     `close` makes the stage's output of the part's (see `Decoder.forward`), its routing by layer, and the batch,
-    which has `inputs`, `positions` and `targets` for the part. On a GPU tokens travel on the stream `beside`.
-    """
+    which has `inputs`, `positions` and `targets` for the part. On a GPU tokens travel on the stream `beside`."""
 
     def __init__(
         self,

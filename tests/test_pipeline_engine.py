@@ -17,6 +17,7 @@ from pithtrain.parallel.pipeline.generate import KINDS, generate
 from pithtrain.parallel.pipeline.lower import lower
 from pithtrain.parallel.pipeline.pieces import Tape
 from pithtrain.parallel.pipeline.schedule import Action, Op, Schedule, ScheduleError, split_layers
+from pithtrain.parallel.pipeline.simulate import simulate
 
 WIDTH, LAYERS, MICROBATCHES, STEPS = 12, 10, 9, 3
 RECOMPUTE = ("nothing", "layers")  # by torch's checkpoint around each layer
@@ -163,10 +164,10 @@ def test_one_rank_needs_no_process_group(kind):
 
 
 def backwards_first(pp, microbatches):
-    """A schedule of one's own: every microbatch alone, its weight gradients before the next."""
+    """A schedule of one's own: the last microbatch first, all of them in flight, weight gradients at the end."""
     ops = Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT
-    ranks = [[Action(op, r, m) for m in reversed(range(microbatches)) for op in ops] for r in range(pp)]
-    return Schedule("one by one, backwards", tuple(range(pp)), microbatches, tuple(map(tuple, ranks)))
+    ranks = [[Action(op, r, m) for op in ops for m in reversed(range(microbatches))] for r in range(pp)]
+    return Schedule("all at once, backwards", tuple(range(pp)), microbatches, tuple(map(tuple, ranks)))
 
 
 def work_own(rank, folder):
@@ -174,6 +175,8 @@ def work_own(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     error = worst_error(lower(backwards_first(2, MICROBATCHES)), dist.group.WORLD, None, 0, "nothing")
     assert error < 1e-5, error
+    with pytest.raises(ScheduleError, match="call `lower` first"):
+        Engine(generate("1f1b", 2, 2), {rank: None}, torch.empty(1), dist.group.WORLD)
     dist.destroy_process_group()
 
 
@@ -295,43 +298,57 @@ class Link(nn.Module):
         return y.sum() if self.last else y
 
 
-def test_activations_are_freed_when_the_list_says():
-    """The number of live graphs never exceeds, and at some point equals, what the simulator says."""
-    from pithtrain.parallel.pipeline.simulate import simulate
+class Token:
+    """Stands for what a forward keeps."""
 
-    alive, most = weakref.WeakSet(), [0]
 
-    class Token:
-        pass
+class Watched(ModuleStage):
+    """Counts forwards whose backward is still to come, and tensors from the stage before that are still in memory."""
 
-    class Watched(ModuleStage):
-        def forward(self, x, batch):
-            y, saved = super().forward(x, batch)
-            token = Token()
-            alive.add(token)
-            most[0] = max(most[0], len(alive))
-            return y, (saved, token)
+    def __init__(self, module, alive, inputs, most):
+        super().__init__(module)
+        self.alive, self.inputs, self.most = alive, inputs, most
 
-        def backward(self, saved, grad):
-            return super().backward(saved[0], grad)
+    def forward(self, x, batch):
+        y, saved = super().forward(x, batch)
+        token = Token()
+        self.alive.add(token)
+        self.inputs += [] if x is None else [weakref.ref(x.untyped_storage())]
+        held = sum(storage() is not None for storage in self.inputs)
+        self.most[:] = max(self.most[0], len(self.alive)), max(self.most[1], held)
+        return y, (saved, token)
 
-        def backward_input(self, saved, grad):
-            dx, rest = super().backward_input(saved[0], grad)
-            return dx, (rest, saved[1])
+    def backward(self, saved, grad):
+        return super().backward(saved[0], grad)
 
-        def backward_weight(self, saved):
-            super().backward_weight(saved[0])
+    def backward_input(self, saved, grad):
+        dx, rest = super().backward_input(saved[0], grad)
+        return dx, (rest, saved[1])
 
+    def backward_weight(self, saved):
+        super().backward_weight(saved[0])
+
+
+def work_freed(rank, size, folder):
+    """The number of live graphs never exceeds, and at some point equals, what the simulator says; nor do inputs."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    gc.disable()  # references alone must free
     for kind in KINDS:
-        schedule = lower(generate(kind, 1, 4))
-        most[0] = 0
-        stages = {s: Watched(Link(s == 0, s == schedule.stages - 1)) for s in schedule.held_by(0)}
-        gc.disable()  # references alone must free
-        try:
-            Engine(schedule, stages, torch.empty(3, WIDTH)).step([torch.randn(3, WIDTH)] * 4)
-        finally:
-            gc.enable()
-        assert (most[0], len(alive)) == (simulate(schedule).peak[0], 0), kind
+        schedule = lower(generate(kind, size, 4))
+        alive, inputs, most, last = weakref.WeakSet(), [], [0, 0], schedule.stages - 1
+        stages = {s: Watched(Link(s == 0, s == last), alive, inputs, most) for s in schedule.held_by(rank)}
+        engine = Engine(schedule, stages, torch.empty(3, WIDTH), dist.group.WORLD)
+        engine.step([torch.randn(3, WIDTH)] * 4)
+        peak = simulate(schedule).peak[rank]
+        assert most[0] == peak and most[1] <= peak, (kind, most, peak)
+        assert not alive and not [storage for storage in inputs if storage() is not None], kind
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_activations_are_freed_when_the_list_says(size, tmp_path):
+    mp.spawn(work_freed, (size, str(tmp_path)), nprocs=size)
 
 
 @pytest.mark.parametrize("first", [False, True])

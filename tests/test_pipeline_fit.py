@@ -9,22 +9,27 @@ from pithtrain.parallel.pipeline.generate import KINDS, generate
 from pithtrain.parallel.pipeline.lower import lower
 from pithtrain.parallel.pipeline.simulate import Costs, simulate
 
+HIDDEN = st.integers(0, 8).map(lambda n: n / 8)
 TIME = st.integers(4, 16).map(lambda n: n / 8)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None, max_examples=15)
-@given(data=st.data(), pp=st.integers(2, 4), hidden=st.integers(0, 8).map(lambda n: n / 8))
-def test_costs_that_made_a_timeline_are_found_again(kind, data, pp, hidden):
+@given(data=st.data(), pp=st.integers(2, 4), hidden=HIDDEN, share=st.sampled_from([0.5, 0.75, 1.0]))
+def test_costs_that_made_a_timeline_are_found_again(kind, data, pp, hidden, share):
     schedule = lower(generate(kind, pp, 4 * pp))
     per_stage = st.tuples(*[TIME] * schedule.stages) | TIME.map(lambda t: (t,) * schedule.stages)
     times = [data.draw(per_stage) for _ in range(3)]
     if kind in ("gpipe", "1f1b", "interleaved"):
         times[2] = times[1]  # halves are equal where only wholes are seen
-    true = simulate(schedule, Costs(*times, hidden=hidden))
+    wholes = tuple(share * (i + w) for i, w in zip(*times[1:], strict=True))  # a whole may take less than its halves
+    true = simulate(schedule, Costs(*times, hidden=hidden, backward=wholes))
     fitted = fit_costs(schedule, true.compute)
+    if kind in ("gpipe", "1f1b", "interleaved"):
+        times[1:] = [tuple(b / 2 for b in wholes)] * 2
     for name, want in zip(("forward", "backward_input", "backward_weight"), times, strict=True):
         assert getattr(fitted, name) == pytest.approx(want)
+    assert fitted.backward == (None if kind in ("zb_h1", "zbv") else pytest.approx(wholes))
     assert fitted.hidden == pytest.approx(hidden if kind == "dualpipev" else 0.0, abs=1e-9)
     if all(len(set(stages)) == 1 for stages in times):  # between unequal stages, waits pass for transfers
         assert fitted.send == pytest.approx(0.0, abs=1e-9)

@@ -8,6 +8,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch.distributed.pipelining.schedules as oracle
 
+from pithtrain.config import Qwen3MoeConfig
 from pithtrain.parallel.pipeline.generate import (
     KINDS,
     dualpipev,
@@ -28,6 +29,7 @@ from pithtrain.parallel.pipeline.schedule import (
     v_placement,
 )
 from pithtrain.parallel.pipeline.simulate import simulate
+from pithtrain.train.step import head_cost
 
 
 def torch_schedule(cls: type, pp: int, chunks: int, microbatches: int, placement: tuple[int, ...]) -> Schedule:
@@ -133,5 +135,15 @@ def test_split_layers_makes_the_heaviest_stage_as_light_as_can_be(stages, layers
 def test_split_layers_favours_inner_stages():
     assert [len(r) for r in split_layers(8, 4, 0, 0)] == [2, 2, 2, 2]
     assert [len(r) for r in split_layers(6, 4, 0, 0)] == [1, 2, 2, 1]
-    with pytest.raises(ScheduleError, match="2 layers cannot give 8 stages work"):
+    with pytest.raises(ScheduleError, match=r"2 layers cannot give 8 stages work: lower mesh\.pp"):
         split_layers(2, 8)
+
+
+def test_a_large_vocabulary_leaves_the_last_stage_few_layers():
+    """Qwen3-30B-A3B, whose head is 311 of the 368 million weights that its last layer and head use for a token."""
+    sizes = {"vocab_size": 151_936, "layers": 48, "hidden": 2048, "heads": 32, "kv_heads": 4, "head_dim": 128}
+    config = Qwen3MoeConfig(**sizes, experts=128, top_k=8, expert_hidden=768, tie_embeddings=False)
+    head = head_cost(config)
+    assert head == pytest.approx(311.16 / 56.9, rel=0.01)
+    assert [len(r) for r in split_layers(48, 8, 0.1, head)] == [6, 7, 7, 7, 7, 7, 6, 1]
+    assert len(split_layers(48, 16, 0.1, head)[15]) == 0

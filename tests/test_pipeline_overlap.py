@@ -11,8 +11,9 @@ import torch.distributed as dist
 from families import random_model
 from test_verify import FAMILIES
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pithtrain.layers.balance import expert_load, switch_loss
+from pithtrain.layers.balance import sequence_load, switch_loss
 from pithtrain.models.stages import AtHome, Place
 from pithtrain.parallel.expert import ExpertExchange
 from pithtrain.parallel.pipeline.engine import BackwardPass, ForwardPass, ModuleStage, in_turn
@@ -38,7 +39,7 @@ def batch(seed, device=CPU, sequences=2, length=12):
 def close(output, routing, batch):
     """Balance losses ride on the output, as in the training step."""
     routed = [r for r in routing if r is not None]
-    balance = sum(0.1 * switch_loss(r.probs, expert_load(r.expert_ids, r.probs.shape[1])) for r in routed)
+    balance = sum(0.1 * switch_loss(r.probs, sequence_load(r.expert_ids, 1, r.probs.shape[1])[0]) for r in routed)
     return output + balance if output.dim() == 0 or not routed else Attach.apply(output, balance)
 
 
@@ -134,6 +135,38 @@ def test_input_gradients_leave_weights_alone(group_of_one):
     assert dx.shape == x.shape and all(p.grad is None for p in second.part.parameters())
     second.backward_weight(rest)
     assert all(p.grad is not None for p in second.part.parameters())
+
+
+class Products(TorchDispatchMode):
+    """Counts the multiplications of all matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+            self.count += args[-2].numel() * args[-1].shape[-1]
+        return function(*args, **(kwargs or {}))
+
+
+def test_both_halves_of_a_backward_cost_one_whole_and_what_they_share():
+    """Of a model's matrix products only one is in both halves: the gradient of the experts' activations."""
+    config = FAMILIES["qwen3-moe"]
+    counts = []
+    for split in (False, True):
+        stage = PartStage(random_model(config, Place(layers=range(2, 4), first=False)), close)
+        loss, saved = stage.forward(torch.randn(2, 12, 32), batch(0))
+        with Products() as counted:
+            if split:
+                _, rest = stage.backward_input(saved, torch.ones_like(loss))
+                counts.append(counted.count)
+                stage.backward_weight(rest)
+            else:
+                stage.backward(saved, torch.ones_like(loss))
+        counts.append(counted.count)
+    whole, inputs, both = counts
+    shared = 2 * (2 * 12 * config.top_k) * config.hidden * config.expert_hidden
+    assert both - whole == shared < 0.15 * whole
+    assert 0.4 * both < inputs < 0.6 * both
 
 
 TRAVELS = ("announce", "dispatch", "combine")

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pithtrain import cli
 from pithtrain.parallel.pipeline.describe import compare, describe
 from pithtrain.parallel.pipeline.draw import draw, draw_timelines
 from pithtrain.parallel.pipeline.generate import KINDS, generate
@@ -89,6 +90,51 @@ def test_zbv_meets_its_form(size, times):
         if f == i == w:  # the published claim: no gap inside any rank
             for spans in timeline.compute:
                 assert spans[-1].end - spans[0].start == sum(s.end - s.start for s in spans)
+
+
+@pytest.mark.parametrize("kind", ["zbv", "dualpipev"])
+@settings(deadline=None, max_examples=60)
+@given(size=sizes(2), f=TIME, i=TIME, w=TIME, hidden=HIDDEN)
+def test_a_form_bounds_the_step_at_any_costs(kind, size, f, i, w, hidden):
+    """With I raised to the largest of F, I and W the form holds, and a step never gets longer when a cost shrinks."""
+    hidden = hidden if kind == "dualpipev" else 0.0
+    raised = Costs(f, max(f, i, w), w, hidden=hidden)
+    form, bound = closed_form(kind, *size, raised), simulate(generate(kind, *size), raised)
+    assert not form.lacks and bound.bubble <= form.bubble
+    assert simulate(generate(kind, *size), Costs(f, i, w, hidden=hidden)).time <= bound.time
+    if kind == "zbv":
+        assert bound.time == form.bubble + 2 * size[1] * (f + max(f, i, w) + w)
+
+
+def test_a_form_outside_its_region_says_what_it_needs():
+    assert "which needs F <= I >= W, m >= 2p" in describe(generate("zbv", 4, 5))
+    assert "which needs m >= p" in describe(generate("interleaved", 4, 3))
+    assert "which needs W <= F, W <= I, m >= p" in describe(generate("zb_h1", 4, 8), Costs(backward_weight=2.0))
+    assert not any("needs" in describe(generate(kind, 4, 8)) for kind in KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_command_gives_every_kind_the_same_model(kind, tmp_path, capsys):
+    """One unit for all: the table of a kind has the step time of its row in the comparison."""
+    options = ["--pp", "4", "--microbatches", "8", "--hidden", "0.5", "--send", "0.125"]
+    assert cli.main(["schedule", "--kind", "all", *options]) == 0
+    rows = {row.split()[0]: row.split() for row in capsys.readouterr().out.splitlines()}
+    assert cli.main(["schedule", "--kind", kind, *options, "--picture", str(tmp_path / "picture.png")]) == 0
+    out = capsys.readouterr().out
+    time = next(line.split()[2] for line in out.splitlines() if line.startswith("step time"))
+    assert time == rows[kind][2] and "unit of time: the forward of 1/4 of the model" in out
+    if kind != "interleaved":
+        assert cli.main(["schedule", "--kind", kind, "--chunks", "3"]) == 2
+        assert "only interleaved" in capsys.readouterr().err
+
+
+def test_a_picture_of_many_passes_has_few_artists_and_numbers_all_or_none():
+    for microbatches, numbered in ((8, True), (200, False)):
+        schedule = generate("dualpipev", 4, microbatches)
+        ax = draw(schedule).axes[0]
+        passes = sum(len(action.computes) for actions in schedule.ranks for action in actions)
+        assert len(ax.texts) == (passes if numbered else 0)
+        assert len(ax.collections) <= 9 and not ax.patches  # one for each colour, and one for idle time
 
 
 @pytest.mark.parametrize("kind", KINDS)

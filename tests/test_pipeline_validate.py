@@ -111,6 +111,13 @@ def exchange(*parts: Action) -> Action:
 GOOD = add_exchanges(generate("1f1b", 2, 2))
 
 
+def test_half_a_backward_is_not_overlapped():
+    parts = Action(Op.FORWARD, 0, 1), Action(Op.BACKWARD_INPUT, 0, 0)
+    acts = Action(Op.FORWARD, 0, 0), Action(Op.OVERLAP, parts=parts), *(Action(op, 0, 1) for op in "IW")
+    with pytest.raises(ScheduleError, match=r"overlaps \(0F1;0I0\): give one forward, then one backward, whole"):
+        validate(Schedule("halves", (0,), 2, ((*acts, Action(Op.BACKWARD_WEIGHT, 0, 0)),)))
+
+
 @pytest.mark.parametrize(
     ("rank", "edit", "says"),
     [

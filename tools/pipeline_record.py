@@ -28,10 +28,11 @@ from pithtrain.parallel.pipeline.lower import lower
 from pithtrain.parallel.pipeline.overlap import PartStage, overlapped
 from pithtrain.parallel.pipeline.schedule import split_layers
 from pithtrain.parallel.pipeline.simulate import Span, simulate
+from pithtrain.train.step import head_cost
 
 RANKS, MICROBATCHES, SEQUENCES, LENGTH, STEPS = 4, 10, 2, 128, 6
 CONFIG = Qwen3MoeConfig(
-    vocab_size=2048, layers=14, hidden=128, heads=4, head_dim=32, experts=8, top_k=2, expert_hidden=256,
+    vocab_size=2048, layers=15, hidden=128, heads=4, head_dim=32, experts=8, top_k=2, expert_hidden=256,
     tie_embeddings=False,
 )  # fmt: skip
 
@@ -45,7 +46,7 @@ class Batch(NamedTuple):
 def one_rank(rank, schedule, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    splits = split_layers(CONFIG.layers, schedule.stages)
+    splits = split_layers(CONFIG.layers, schedule.stages, 0.1, head_cost(CONFIG))
     stages = {}
     for stage in schedule.held_by(rank):
         part = build(CONFIG, Place(layers=splits[stage], first=stage == 0, last=stage == schedule.stages - 1))
