@@ -67,9 +67,7 @@ class RunConfig:
     folder: str = knob("runs", "folder that holds all runs", free=True)
     seed: int = knob(0, "seed of the weights and of the order of the data", low=0)
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "auto takes CUDA where there is a GPU", free=True)
-    precision: Literal["auto", "float32", "bfloat16"] = knob(
-        "auto", "dtype of the compute, weights staying fp32; auto is bfloat16 on CUDA and float32 on the CPU"
-    )
+    precision: Literal["auto", "float32", "bfloat16"] = knob("auto", "dtype of the compute; auto: bfloat16 on CUDA")
     threads: int = knob(0, "CPU threads; 0 leaves the choice to torch", low=0, free=True)
 
 
@@ -116,9 +114,7 @@ class TrainConfig:
     sequence_length: int = knob(256, "tokens of a sequence", low=1)
     batch_size: int = knob(16, "sequences of an optimiser step", low=1)
     micro_batch_size: int = knob(16, "sequences of one forward and backward pass of a rank", low=1, free=True)
-    recompute: Literal["none", "attention", "experts", "layer"] = knob(
-        "none", "part of each layer whose activations are made again in the backward instead of kept", free=True
-    )
+    recompute: Literal["none", "attention", "experts", "layer"] = knob("none", "made again in the backward", free=True)
     checkpoint_every: int = knob(100, "steps between checkpoints; 0 saves only at the end", low=0, free=True)
     keep: int = knob(2, "checkpoints kept, the newest", low=1, free=True)
     evaluate_every: int = knob(0, "steps between validations; 0 validates only at the end", low=0, free=True)
@@ -184,7 +180,6 @@ class GroupedQueryConfig(DecoderConfig):
     head_dim: int = knob(32, "features of a head; even", low=2)
 
     def problems(self) -> list[str]:
-        """What contradicts itself, each as "key: what is wrong"."""
         found = super().problems()
         if self.heads % self.kv_heads:
             found += [f"kv_heads: {self.kv_heads} does not divide heads, {self.heads}"]
@@ -229,7 +224,6 @@ class DeepseekConfig(DecoderConfig):
     yarn_mscale_all_dim: float = knob(0.0, "strength of YaRN's magnitude on all features", low=0.0)
 
     def problems(self) -> list[str]:
-        """What contradicts itself, each as "key: what is wrong"."""
         found, size = super().problems(), self.experts // self.groups
         if self.rope_dim % 2:
             found += [f"rope_dim: {self.rope_dim} is odd; rotary positions pair features"]
@@ -258,14 +252,11 @@ class GptOssConfig(GroupedQueryConfig):
     yarn_beta_slow: float = knob(1.0, "turns in yarn_length up to which a pair is slowed by yarn_factor", low=0.01)
 
     def problems(self) -> list[str]:
-        """What contradicts itself, each as "key: what is wrong"."""
-        widths = [("hidden", self.hidden), ("expert_hidden", self.expert_hidden)]
-        wrong = [
-            f"{name}: {width} is not a multiple of 8, which this family's experts need"
-            for name, width in widths
-            if width % 8
-        ]
-        return super().problems() + wrong
+        found = super().problems()
+        for name, width in (("hidden", self.hidden), ("expert_hidden", self.expert_hidden)):
+            if width % 8:
+                found += [f"{name}: {width} is not a multiple of 8, which this family's experts need"]
+        return found
 
 
 # %%
@@ -276,9 +267,7 @@ class Qwen3_5MoeConfig(GroupedQueryConfig):
 
     family: Literal["qwen3.5-moe"] = knob("qwen3.5-moe", "architecture of the model")
     rope_dim: int = knob(8, "features of a head that are rotated, the first ones; even, at most head_dim", low=2)
-    full_every: int = knob(
-        4, "layers from one with softmax attention to the next; the last of each so many is one", low=1
-    )
+    full_every: int = knob(4, "of so many layers the last has softmax attention, the others the delta rule", low=1)
     delta_key_heads: int = knob(2, "query and key heads of the delta rule", low=1)
     delta_value_heads: int = knob(4, "value heads of the delta rule; a multiple of delta_key_heads", low=1)
     delta_key_dim: int = knob(32, "features of a query and key of the delta rule", low=1)
@@ -287,14 +276,11 @@ class Qwen3_5MoeConfig(GroupedQueryConfig):
     shared_hidden: int = knob(256, "width of the inner layer of the expert that every token visits", low=1)
 
     def problems(self) -> list[str]:
-        """What contradicts itself, each as "key: what is wrong"."""
-        found = super().problems()
+        found, keys, values = super().problems(), self.delta_key_heads, self.delta_value_heads
         if self.rope_dim % 2 or self.rope_dim > self.head_dim:
             found += [f"rope_dim: {self.rope_dim} is odd or more than head_dim, {self.head_dim}"]
-        if self.delta_value_heads % self.delta_key_heads:
-            found += [
-                f"delta_value_heads: {self.delta_value_heads} is no multiple of delta_key_heads, {self.delta_key_heads}"
-            ]
+        if values % keys:
+            found += [f"delta_value_heads: {values} is no multiple of delta_key_heads, {keys}"]
         return found
 
 
@@ -304,7 +290,7 @@ FAMILIES = (Qwen3MoeConfig, DeepseekConfig, GptOssConfig, Qwen3_5MoeConfig)  # t
 
 
 # %% [markdown]
-# All tables together:
+# All tables together. Some rules bind several fields; they are checked when the whole config is known.
 
 
 # %%
@@ -327,9 +313,22 @@ class Config:
         """The run's folder."""
         return Path(self.run.folder) / self.run.name
 
+    def problems(self) -> list[str]:
+        """What contradicts itself, each as "section.key: what is wrong"."""
+        train, warmup = self.train, self.optimizer.warmup
+        found = [f"model.{problem}" for problem in self.model.problems()]
+        if train.batch_size % (size := train.micro_batch_size):
+            found += [f"train.micro_batch_size: {size} does not divide train.batch_size, {train.batch_size}"]
+        if warmup > train.steps:
+            found += [f"optimizer.warmup: {warmup} steps are more than train.steps, {train.steps}"]
+        if self.run.name in ("", ".", "..") or "/" in self.run.name:
+            found += [f"run.name: {self.run.name!r} is not a folder's name"]
+        return found
+
 
 # %%
 config = Config()
+print(Config(optimizer=OptimizerConfig(warmup=300)).problems())
 config.model
 
 # %% [markdown]
@@ -391,36 +390,6 @@ except UserError as error:
     print(error)
 
 # %% [markdown]
-# Some rules bind several fields. They are checked once, when the whole config is known.
-
-
-# %%
-#| export
-def check_config(config: Config, where: str) -> None:
-    """Refuse a config whose fields contradict each other, with the keys and the values that do."""
-    train, optimizer = config.train, config.optimizer
-    rules = [
-        (
-            train.batch_size % train.micro_batch_size == 0,
-            f"train.micro_batch_size: {train.micro_batch_size} does not divide train.batch_size, {train.batch_size}",
-        ),
-        (
-            optimizer.warmup <= train.steps,
-            f"optimizer.warmup: {optimizer.warmup} steps are more than train.steps, {train.steps}",
-        ),
-        (
-            config.run.name not in ("", ".", "..") and "/" not in config.run.name,
-            f"run.name: {config.run.name!r} is not a folder's name",
-        ),
-    ]
-    for problem in config.model.problems():
-        raise UserError(f"{where}: model.{problem}")
-    for holds, message in rules:
-        if not holds:
-            raise UserError(f"{where}: {message}")
-
-
-# %% [markdown]
 # A setting on the command line overrides the file's: `--train.steps 500`. Its text is read as a TOML
 # value where it is one and as a plain string otherwise, so `--run.name wide` needs no inner quotes.
 
@@ -435,31 +404,32 @@ def parse_override(text: str) -> Any:
         return text
 
 
-# %%
-#| export
-def family_of(table: Any, where: str) -> type[DecoderConfig]:
-    """The dataclass of the family that the model's table names, the first of FAMILIES where it names none."""
-    families = {family.family: family for family in FAMILIES}
-    named = table.get("family", FAMILIES[0].family) if isinstance(table, dict) else FAMILIES[0].family
-    if named not in families:
-        raise UserError(f"{where}.family: {named!r} is no family; known: {', '.join(families)}")
-    return families[named]
+# %% [markdown]
+# A mistake begins with its key. Where that came from is added in one place: the file, or the command line.
 
 
 # %%
 #| export
-def config_from_tables(tables: dict[str, Any], where: str) -> Config:
-    """A checked Config from parsed TOML tables."""
+def config_from_tables(tables: dict[str, Any], where: str, options: dict[str, str] | None = None) -> Config:
+    """A checked Config from parsed TOML tables out of the file `where`; `options` names the keys that are not its."""
     sections = {spec.name: spec.default_factory for spec in dataclasses.fields(Config)}
-    for name in tables:
-        if name not in sections:
-            raise UserError(f"{where}: [{name}]: no such section; {nearest(name, list(sections))}")
-    sections["model"] = family_of(tables.get("model", {}), f"{where}: model")
-    config = Config(
-        **{name: section_from_table(sections[name], f"{where}: {name}", table) for name, table in tables.items()}
-    )
-    check_config(config, where)
-    return config
+    families = {family.family: family for family in FAMILIES}
+    try:
+        for name in tables:
+            if name not in sections:
+                raise UserError(f"[{name}]: no such section; {nearest(name, list(sections))}")
+        model = tables.get("model")
+        family = str(model.get("family", FAMILIES[0].family)) if isinstance(model, dict) else FAMILIES[0].family
+        if family not in families:
+            raise UserError(f"model.family: {family!r} is no family; known: {', '.join(families)}")
+        sections["model"] = families[family]
+        config = Config(**{name: section_from_table(sections[name], name, table) for name, table in tables.items()})
+        if problems := config.problems():
+            raise UserError(problems[0])
+        return config
+    except UserError as error:
+        key, _, problem = str(error).partition(": ")
+        raise UserError(f"{(options or {}).get(key, f'{where}: {key}')}: {problem}") from None
 
 
 # %%
@@ -467,9 +437,8 @@ def config_from_tables(tables: dict[str, Any], where: str) -> Config:
 def load_config(path: Path, overrides: list[tuple[str, str]] = ()) -> Config:
     """Read a TOML file, lay `overrides` (pairs of "section.key" and text) over it, check everything.
 
-    Raises UserError, naming the file or the key, for a missing or malformed file, an unknown key, a wrong
-    type, a value out of range, or fields that contradict each other.
-    """
+    Raises UserError, naming the file or the option, for a missing or malformed file, an unknown key, a wrong
+    type, a value out of range, or fields that contradict each other."""
     try:
         tables = tomllib.loads(path.read_text())
     except FileNotFoundError:
@@ -478,14 +447,16 @@ def load_config(path: Path, overrides: list[tuple[str, str]] = ()) -> Config:
         raise UserError(f"{path}: is a folder; expected a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
+    options = {}
     for key, text in overrides:
         section, dot, name = key.partition(".")
         if not dot:
             raise UserError(f"--{key}: expected --SECTION.KEY VALUE, as in --train.steps 500")
+        options |= {key: f"--{key}", f"[{section}]": f"--{key}"}
         table = tables.setdefault(section, {})
         if isinstance(table, dict):
             table[name] = parse_override(text)
-    return config_from_tables(tables, str(path))
+    return config_from_tables(tables, str(path), options)
 
 
 # %%
@@ -544,12 +515,10 @@ def differences(config: Config, other: Config) -> list[str]:
     found = []
     for section in dataclasses.fields(Config):
         mine, theirs = getattr(config, section.name), getattr(other, section.name)
-        specs = dataclasses.fields(mine)
-        if type(mine) is not type(theirs):  # another family: that says it all
-            specs = [spec for spec in specs if spec.name == "family"]
-        for spec in specs:
-            a, b = getattr(mine, spec.name), getattr(theirs, spec.name)
-            if a != b and not spec.metadata["free"]:
+        for spec in dataclasses.fields(mine):
+            if spec.metadata["free"] or (type(mine) is not type(theirs) and spec.name != "family"):
+                continue  # another family says it all
+            if (a := getattr(mine, spec.name)) != (b := getattr(theirs, spec.name)):
                 found.append(f"{section.name}.{spec.name}: {a!r}, not {b!r}")
     return found
 
@@ -566,15 +535,12 @@ differences(wide, config)
 #| export
 def describe_settings() -> str:
     """Every setting with its type, default, range and meaning, one line each, by section."""
-    lines = []
-    shared = {spec.name for spec in dataclasses.fields(DecoderConfig)}
+    lines, shared = [], {spec.name for spec in dataclasses.fields(DecoderConfig)}
     sections = [(spec.name, spec.default_factory, ()) for spec in dataclasses.fields(Config) if spec.name != "model"]
     sections += [("model", DecoderConfig, ())] + [("model", family, shared) for family in FAMILIES]
     for name, section, told in sections:
         lines += ["", f"[{name}] {section.__doc__}"]
-        for spec in dataclasses.fields(section):
-            if spec.name in told:
-                continue
+        for spec in (spec for spec in dataclasses.fields(section) if spec.name not in told):
             kind = "|".join(get_args(spec.type)) if get_origin(spec.type) is Literal else spec.type.__name__
             low, high = spec.metadata["low"], spec.metadata["high"]
             span = "" if low is None else f", >= {low:g}" if high is None else f", {low:g} to {high:g}"

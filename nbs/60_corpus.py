@@ -145,9 +145,7 @@ for name in ("ast.py", "json/decoder.py", "asyncio/tasks.py"):
 
 # %%
 #| export
-STANDARD_LIBRARY_WITHOUT = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
-)
+STANDARD_LIBRARY_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 
 
 # %%
@@ -174,30 +172,26 @@ for name in ("ast.py", "test/test_ast.py", "encodings/cp1250.py", "test.py"):
 #| export
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in both splits, sorted by name, and how many files were skipped as `empty` or `undecodable`.
+    """Documents in both splits, sorted by name, and how many files were skipped as `empty` or `undecodable`."""
 
-    `fingerprint` is a SHA-256 over the names and contents of all documents of both splits.
-    """
-
-    root: Path
     description: str
     train: tuple[Document, ...]
     held_out: tuple[Document, ...]
+    fraction: float  #: of the files, asked to be held out
     empty: int
     undecodable: int
-    fingerprint: str
+    fingerprint: str  #: SHA-256 over the names and contents of all documents
 
 
 # %%
 #| export
-def find_corpus(folder: Path | None, pattern: str, held_out: float) -> Corpus:
+def find_corpus(folder: Path | str | None, pattern: str, held_out: float) -> Corpus:
     """The documents below `folder`, at any depth, that match the glob `pattern` ("*.txt", "docs/*.md").
 
     With no folder: the Python standard library's own source. Files and folders whose name starts with a dot,
     and `__pycache__`, are passed over. `held_out` is the fraction of files held out, between 0 and 1.
-    Raises UserError for a folder that is missing, has no matching text, or leaves one of the splits empty.
-    """
-    root = Path(sysconfig.get_paths()["stdlib"]) if folder is None else Path(folder)
+    Raises UserError for a folder that is missing, has no matching text, or leaves one of the splits empty."""
+    root = Path(folder or sysconfig.get_paths()["stdlib"])
     if not root.is_dir():
         problem = "is not a folder" if root.exists() else "no such folder"
         raise UserError(f"{root}: {problem}: set data.corpus to a folder of text files")
@@ -208,7 +202,7 @@ def find_corpus(folder: Path | None, pattern: str, held_out: float) -> Corpus:
     documents, empty, undecodable = [], 0, 0
     for name in names:
         hidden = any(part.startswith(".") or part == "__pycache__" for part in name.split("/"))
-        if hidden or (folder is None and not in_standard_library_corpus(name)):
+        if hidden or (not folder and not in_standard_library_corpus(name)):
             continue
         data = read_bytes(root / name)
         if not data:
@@ -223,24 +217,13 @@ def find_corpus(folder: Path | None, pattern: str, held_out: float) -> Corpus:
     train = tuple(d for d in documents if split_position(d.name) >= held_out)
     rest = tuple(d for d in documents if split_position(d.name) < held_out)
     if not train or not rest:
-        raise UserError(
-            f"{root}: data.held_out = {held_out} of {len(documents)} documents leaves none for "
-            f"{'held-out' if train else 'training'}: {'raise' if train else 'lower'} it, or give more, smaller files"
-        )
+        split, cure = ("held-out", "raise it") if train else ("training", "lower it")
+        problem = f"data.held_out = {held_out} of {len(documents)} documents leaves none for {split}"
+        raise UserError(f"{root}: {problem}: {cure}, or give more, smaller files")
     listing = "".join(f"{d.sha256} {d.name}\n" for d in documents).encode("utf-8", "surrogateescape")
-    return Corpus(
-        root=root,
-        description=(
-            f"the Python {platform.python_version()} standard library ({pattern})"
-            if folder is None
-            else f"{root.resolve()} ({pattern})"
-        ),
-        train=train,
-        held_out=rest,
-        empty=empty,
-        undecodable=undecodable,
-        fingerprint=hashlib.sha256(listing).hexdigest(),
-    )
+    fingerprint = hashlib.sha256(listing).hexdigest()
+    name = root.resolve() if folder else f"the Python {platform.python_version()} standard library"
+    return Corpus(f"{name} ({pattern})", train, rest, held_out, empty, undecodable, fingerprint)
 
 
 # %%
@@ -302,10 +285,7 @@ with tempfile.TemporaryDirectory() as folder:
 # %%
 #| export
 def sample(documents: Iterable[Document], limit: int) -> list[Document]:
-    """Documents in the order of `split_position`, cut before their sizes together exceed `limit` bytes.
-
-    The first is always taken, whatever its size.
-    """
+    """Documents in the order of `split_position`, one at least, cut before they exceed `limit` bytes together."""
     chosen, total = [], 0
     for document in sorted(documents, key=lambda d: split_position(d.name)):
         total += document.size

@@ -82,40 +82,27 @@ MIN_VOCAB_SIZE = 257  # one token per byte, and end-of-text
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE tokenizer of exactly `vocab_size` tokens; end-of-text is token 0.
 
-    Raises UserError when `vocab_size` is too small for single bytes, or larger than the texts can fill.
-    """
+    Raises UserError when `vocab_size` is too small for single bytes, or larger than the texts can fill."""
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(f"model.vocab_size = {vocab_size}: too small: 256 bytes and end-of-text need {MIN_VOCAB_SIZE}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    letters = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=letters, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    if tokenizer.get_vocab_size() < vocab_size:
-        raise UserError(
-            f"model.vocab_size = {vocab_size}: the training text only fills {tokenizer.get_vocab_size()}: "
-            "lower it, or give more text"
-        )
-    return _text_is_only_text(tokenizer)
+    if (filled := tokenizer.get_vocab_size()) < vocab_size:
+        raise UserError(f"model.vocab_size = {vocab_size}: the text only fills {filled}: lower it, or give more text")
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 # %% [markdown]
 # One trap: a document may *contain* the characters `<|endoftext|>` (this notebook does). They must be encoded
-# as the text they are, and never as the token that ends a document.
-
-
-# %%
-#| export
-def _text_is_only_text(tokenizer: Tokenizer) -> Tokenizer:
-    """Make special tokens written out in a text encode as plain characters (this setting is not saved)."""
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
+# as the text they are, and never as the token that ends a document. That is `encode_special_tokens`; it is not saved,
+# so it is set anew where a tokenizer is loaded.
 
 # %%
 import time
@@ -178,8 +165,7 @@ def draw_tokens(tokenizer, text: str):
 example = '''def quantiles(data, *, n=4, method="exclusive"):
     """Divide *data* into *n* continuous intervals with equal probability.
 
-    Kumquats are not statistical.
-    """
+    Kumquats are not statistical."""
     if n < 1:
         raise StatisticsError("n must be at least 1")
     return [data[i * len(data) // n] for i in range(1, n)]
@@ -246,7 +232,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise UserError(f"{path}: not a readable tokenizer ({reason}): restore it or prepare again") from None
     if end_of_text(tokenizer) is None:
         raise UserError(f"{path}: has no {END_OF_TEXT} token: give the tokenizer.json of a prepared corpus")
-    return _text_is_only_text(tokenizer)
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 # %%

@@ -56,22 +56,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from pithtrain.config import UserError
+from pithtrain.config import DataConfig, UserError
 from pithtrain.train.corpus import Corpus, Document, find_corpus, sample
-from pithtrain.train.tokenizer import (
-    end_of_text,
-    load_tokenizer,
-    save_tokenizer,
-    tokenizer_hash,
-    train_tokenizer,
-)
+from pithtrain.train.tokenizer import end_of_text, load_tokenizer, save_tokenizer, tokenizer_hash, train_tokenizer
 
 # %% [markdown]
 # ## The manifest
@@ -208,11 +202,10 @@ assert (tokens.take(np.arange(9)) == np.arange(9)).all()
 # %%
 #| export
 def encode_documents(
-    documents: Iterable[Document], tokenizer: Tokenizer, dtype: str
+    documents: Sequence[Document], tokenizer: Tokenizer, dtype: str
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Each document's tokens, closed by end-of-text, and its size in bytes of text."""
     end = end_of_text(tokenizer)
-    documents = list(documents)
     for first in range(0, len(documents), 64):
         texts = [document.text() for document in documents[first : first + 64]]
         for text, encoding in zip(texts, tokenizer.encode_batch_fast(texts), strict=True):
@@ -234,22 +227,20 @@ for document, (ids, size) in zip(corpus.train, encode_documents(corpus.train, to
 # %%
 #| export
 def write_split(
-    folder: Path, name: str, documents: Iterable[Document], tokenizer: Tokenizer, dtype: str, shard_tokens: int
+    folder: Path, name: str, documents: Sequence[Document], tokenizer: Tokenizer, dtype: str, shard_tokens: int
 ) -> Split:
     """Write the documents as `folder/<name>-00000.bin` and so on, `shard_tokens` tokens each but the last."""
-    shards, total, size, count = [], 0, 0, 0
-    pending = [np.array([end_of_text(tokenizer)], dtype=dtype)]
-    waiting = 1
+    shards, size, waiting, pending = [], 0, 1, [np.array([end_of_text(tokenizer)], dtype=dtype)]
     for ids, text_bytes in encode_documents(documents, tokenizer, dtype):
         pending.append(ids)
-        waiting, total, size, count = waiting + len(ids), total + len(ids), size + text_bytes, count + 1
+        waiting, size = waiting + len(ids), size + text_bytes
         while waiting >= shard_tokens:
             row = np.concatenate(pending)
             shards.append(_write_shard(folder / f"{name}-{len(shards):05d}.bin", row[:shard_tokens]))
             pending, waiting = [row[shard_tokens:]], waiting - shard_tokens
     if waiting:
         shards.append(_write_shard(folder / f"{name}-{len(shards):05d}.bin", np.concatenate(pending)))
-    return Split(documents=count, tokens=total + 1, bytes=size, shards=tuple(shards))
+    return Split(len(documents), sum(shard.tokens for shard in shards), size, tuple(shards))
 
 
 # %%
@@ -279,21 +270,13 @@ with tempfile.TemporaryDirectory() as folder:
 # %%
 #| export
 def write_shards(
-    folder: Path,
-    corpus: Corpus,
-    vocab_size: int,
-    held_out: float,
-    shard_tokens: int = SHARD_TOKENS,
-    report: Callable[[str], None] = lambda line: None,
-    given: Path | None = None,
+    folder: Path, corpus: Corpus, vocab_size: int, given: Path | None, report: Callable[[str], None]
 ) -> None:
-    """Train a tokenizer on the corpus, tokenise both splits, and make `folder` in one step.
+    """Train a tokenizer on the corpus, tokenise both splits, and make `folder`, absent or empty, in one step.
 
-    `given` is the tokenizer.json to take in place of a new one. `folder` must be absent or empty. Raises UserError when
-    the disk is full, the folder cannot be written, or the given tokenizer has more than `vocab_size` tokens.
-    """
-    partial = folder.with_name(f".{folder.name}.partial")
-    dtype = "<u2" if vocab_size <= 2**16 else "<u4"
+    `given` is the tokenizer.json to take in place of a new one. Raises UserError when the disk is full, the folder
+    cannot be written, or the given tokenizer has more than `vocab_size` tokens."""
+    partial, dtype = folder.with_name(f".{folder.name}.partial"), "<u2" if vocab_size <= 2**16 else "<u4"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -309,28 +292,21 @@ def write_shards(
             save_tokenizer(tokenizer, partial / "tokenizer.json")
         report(f"tokenising {len(corpus.train) + len(corpus.held_out)} documents")
         manifest = Manifest(
-            version=VERSION,
-            dtype=dtype,
-            vocab_size=vocab_size,
-            tokenizer=tokenizer_hash(partial / "tokenizer.json"),
-            corpus=corpus.description,
-            fingerprint=corpus.fingerprint,
-            held_out_fraction=held_out,
-            empty=corpus.empty,
-            undecodable=corpus.undecodable,
-            train=write_split(partial, "train", corpus.train, tokenizer, dtype, shard_tokens),
-            held_out=write_split(partial, "held_out", corpus.held_out, tokenizer, dtype, shard_tokens),
-        )
+            version=VERSION, dtype=dtype, vocab_size=vocab_size, tokenizer=tokenizer_hash(partial / "tokenizer.json"),
+            corpus=corpus.description, fingerprint=corpus.fingerprint, held_out_fraction=corpus.fraction,
+            empty=corpus.empty, undecodable=corpus.undecodable,
+            train=write_split(partial, "train", corpus.train, tokenizer, dtype, SHARD_TOKENS),
+            held_out=write_split(partial, "held_out", corpus.held_out, tokenizer, dtype, SHARD_TOKENS),
+        )  # fmt: skip
         (partial / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2) + "\n")
         for path in (*partial.iterdir(), partial):
             _flush(path)
         os.rename(partial, folder)
         _flush(folder.parent)
     except OSError as error:
-        where = f"{folder}: cannot write the token shards"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{where}: the disk is full: free some space or choose another data.folder") from None
-        raise UserError(f"{where} ({error.strerror}): choose another data.folder") from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        why, cure = ("the disk is full", "free some space or ") if full else (error.strerror, "")
+        raise UserError(f"{folder}: cannot write the token shards: {why}: {cure}choose another data.folder") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -349,7 +325,7 @@ def _flush(path: Path) -> None:
 # %%
 scratch = tempfile.TemporaryDirectory()
 folder = Path(scratch.name) / "json"
-write_shards(folder, corpus, vocab_size=512, held_out=0.2, report=print)
+write_shards(folder, corpus, vocab_size=512, given=None, report=print)
 print((folder / "manifest.json").read_text())
 
 # %% [markdown]
@@ -371,44 +347,34 @@ class Shards:
 
 # %%
 #| export
-def open_shards(folder: Path, verify: bool = True, tokenizer: Path | None = None) -> Shards:
-    """Open what `prepare` wrote, checking sizes, hashes (when `verify`), and the tokenizer.
+def open_shards(folder: Path, tokenizer: Path | None = None) -> Shards:
+    """Open what `prepare` wrote, checking sizes, hashes and the tokenizer.
 
     `tokenizer` is the tokenizer.json of, say, a run that is to go on with this data; its hash must be that of
-    the shards. Raises UserError naming the file that is missing, cut short, damaged, or of another tokenizer.
-    """
+    the shards. Raises UserError naming the file that is missing, cut short, damaged, or of another tokenizer."""
     if not (folder / "manifest.json").is_file():
-        raise UserError(
-            f"{folder}: no token shards here (no manifest.json): `pithtrain train` makes them, or set data.folder"
-        )
-    manifest = read_manifest(folder / "manifest.json")
-    path = folder / "tokenizer.json" if tokenizer is None else tokenizer
+        raise UserError(f"{folder}: no token shards here (no manifest): pithtrain train makes them, or set data.folder")
+    manifest, path = read_manifest(folder / "manifest.json"), tokenizer or folder / "tokenizer.json"
     loaded = load_tokenizer(path)
     if tokenizer_hash(path) != manifest.tokenizer:
         raise UserError(f"{path}: not the tokenizer that made the shards in {folder}: choose another data.folder")
-    return Shards(
-        folder,
-        manifest,
-        loaded,
-        Tokens([_open_shard(folder / s.file, s, manifest.dtype, verify) for s in manifest.train.shards]),
-        Tokens([_open_shard(folder / s.file, s, manifest.dtype, verify) for s in manifest.held_out.shards]),
-    )
+    splits = (manifest.train, manifest.held_out)
+    opened = (Tokens([_open_shard(folder / s.file, s, manifest.dtype) for s in split.shards]) for split in splits)
+    return Shards(folder, manifest, loaded, *opened)
 
 
 # %%
 #| export
-def _open_shard(path: Path, shard: Shard, dtype: str, verify: bool) -> np.ndarray:
+def _open_shard(path: Path, shard: Shard, dtype: str) -> np.ndarray:
     """Memory-map one shard after checking it."""
-    cure = "delete the folder to prepare it again"
+    cure, expected = "delete the folder to prepare it again", shard.tokens * np.dtype(dtype).itemsize
     if not path.is_file():
         raise UserError(f"{path}: shard is missing: {cure}")
-    expected = shard.tokens * np.dtype(dtype).itemsize
     if path.stat().st_size != expected:
         raise UserError(f"{path}: shard has {path.stat().st_size} bytes, the manifest says {expected}: {cure}")
-    if verify:
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                raise UserError(f"{path}: shard is damaged (its SHA-256 is not the manifest's): {cure}")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+            raise UserError(f"{path}: shard is damaged (its SHA-256 is not the manifest's): {cure}")
     return np.memmap(path, dtype=dtype, mode="r")
 
 
@@ -434,23 +400,14 @@ except UserError as error:
 # %%
 #| export
 def prepare(
-    folder: Path,
-    corpus: Path | None,
-    pattern: str,
-    vocab_size: int,
-    held_out: float,
-    verify: bool = True,
-    report: Callable[[str], None] = lambda line: None,
-    tokenizer: Path | None = None,
+    config: DataConfig, vocab_size: int, tokenizer: Path | None = None, report: Callable[[str], None] = lambda _: None
 ) -> Shards:
-    """Open the token shards in `folder`, writing them first when they are not there.
+    """Open the token shards in `config.folder`, writing them first when they are not there.
 
-    `corpus` is a folder of text files or None for the Python standard library, `pattern` a glob below it,
-    `held_out` the fraction of files held out; `report` is given a line about each slow step. `tokenizer` is that
-    of a model to go on with; by default one is trained. Raises UserError for a corpus without text, a folder with
-    other contents, a full disk, damaged shards, and shards of another tokenizer.
-    """
-    found = find_corpus(corpus, pattern, held_out)
+    `report` is given a line about each slow step. `tokenizer` is that of a model to go on with; by default one is
+    trained. Raises UserError for a corpus without text, a folder with other contents, a full disk, damaged shards,
+    and shards of another corpus, vocabulary or tokenizer."""
+    folder, found = Path(config.folder), find_corpus(config.corpus, config.pattern, config.held_out)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder.parent, os.O_RDONLY)
@@ -461,7 +418,7 @@ def prepare(
         if not (folder / "manifest.json").is_file():
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise UserError(f"{folder}: exists and holds no token shards: choose another data.folder")
-            write_shards(folder, found, vocab_size, held_out, report=report, given=tokenizer)
+            write_shards(folder, found, vocab_size, tokenizer, report)
     finally:
         os.close(lock)
     manifest = read_manifest(folder / "manifest.json")
@@ -469,26 +426,24 @@ def prepare(
     for what, same, has, wants in (
         ("corpus", manifest.fingerprint == found.fingerprint, manifest.corpus, found.description + changed),
         ("model.vocab_size", manifest.vocab_size == vocab_size, manifest.vocab_size, vocab_size),
-        ("data.held_out", manifest.held_out_fraction == held_out, manifest.held_out_fraction, held_out),
+        ("data.held_out", manifest.held_out_fraction == found.fraction, manifest.held_out_fraction, found.fraction),
     ):
         if not same:
-            raise UserError(
-                f"{folder}: holds shards of {what} {has}, this run asks for {wants}: "
-                "choose another data.folder or delete it"
-            )
-    return open_shards(folder, verify, tokenizer)
+            problem = f"holds shards of {what} {has}, this run asks for {wants}"
+            raise UserError(f"{folder}: {problem}: choose another data.folder or delete it")
+    return open_shards(folder, tokenizer)
 
 
 # %%
 import time
 
-folder = Path(scratch.name) / "standard-library"
+config = DataConfig(folder=scratch.name + "/standard-library", pattern="asyncio/*.py", held_out=0.1)
 for _ in range(2):
     start = time.perf_counter()
-    shards = prepare(folder, None, "asyncio/*.py", vocab_size=2048, held_out=0.1, report=print)
+    shards = prepare(config, vocab_size=2048, report=print)
     print(f"{time.perf_counter() - start:.2f} s")
 try:
-    prepare(folder, None, "asyncio/*.py", vocab_size=4096, held_out=0.1)
+    prepare(config, vocab_size=4096)
 except UserError as error:
     print(error)
 

@@ -171,15 +171,12 @@ fig
 class TrainBatches:
     """Shuffled windows of the training tokens. Row r is a pure function of (seed, r); step t is B rows.
 
-    `windows` is the number of rows in an epoch. Raises UserError when the data is shorter than one window.
-    """
+    `windows` is the number of rows in an epoch. Raises UserError when the data is shorter than one window."""
 
     def __init__(self, tokens: Tokens, sequence_length: int, batch_size: int, seed: int):
         if len(tokens) <= sequence_length:
-            raise UserError(
-                f"train.sequence_length = {sequence_length}: longer than the training data: "
-                f"set it below its {len(tokens)} tokens, or give more text"
-            )
+            cure = f"set it below its {len(tokens)} tokens, or give more text"
+            raise UserError(f"train.sequence_length = {sequence_length}: longer than the training data: {cure}")
         self.tokens, self.sequence_length, self.batch_size, self.seed = tokens, sequence_length, batch_size, seed
         self.windows = len(tokens) // sequence_length
 
@@ -200,10 +197,6 @@ class TrainBatches:
         window = torch.from_numpy(self.tokens.take(positions % len(self.tokens)))
         return window[:, :-1], window[:, 1:]
 
-    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of a whole step, each (batch_size, sequence_length) int64."""
-        return self.read(self.rows(step))
-
 
 # %% [markdown]
 # With token $i$ at position $i$, a batch shows where it came from. Two ranks that take alternate rows read
@@ -212,7 +205,7 @@ class TrainBatches:
 # %%
 counting = Tokens([np.arange(1000, dtype=np.uint16)])
 batches = TrainBatches(counting, sequence_length=8, batch_size=4, seed=1)
-inputs, targets = batches.batch(step=10_000)
+inputs, targets = batches.read(batches.rows(step=10_000))
 print(inputs)
 assert torch.equal(targets[:, :-1], inputs[:, 1:])
 parts = [batches.read(batches.rows(10_000)[rank::2])[0] for rank in range(2)]
@@ -229,7 +222,7 @@ batches = TrainBatches(small, sequence_length=32, batch_size=1, seed=3)
 seen = np.full((5, len(small)), np.nan)
 for row in range(5 * batches.windows):
     epoch, when = divmod(row, batches.windows)
-    target = batches.batch(row)[1].numpy()
+    target = batches.read(batches.rows(row))[1].numpy()
     assert np.isnan(seen[epoch, target]).all()  # no token twice in an epoch
     seen[epoch, target] = when
 assert (np.isnan(seen).sum(axis=1) == len(small) % 32).all()
@@ -259,8 +252,7 @@ class HeldOutBatches:
     """The held-out tokens in order, each but the first a target exactly once. `len` counts batches.
 
     The mean over a whole pass is a sum of losses over `targets` divided by the count of targets not IGNORE,
-    which is len(tokens) - 1: batches hold different numbers of them.
-    """
+    which is len(tokens) - 1: batches hold different numbers of them."""
 
     def __init__(self, tokens: Tokens, sequence_length: int, batch_size: int):
         if len(tokens) < 2:
@@ -310,7 +302,7 @@ with tempfile.NamedTemporaryFile() as file:
     for step in (0, 1_000, 1_000_000_000):
         start = time.perf_counter()
         for repeat in range(20):
-            batches.batch(step + repeat)
+            batches.read(batches.rows(step + repeat))
         print(f"step {step:>13,}: {(time.perf_counter() - start) / 20 * 1e3:.2f} ms for 16,384 tokens")
 
 # %% [markdown]

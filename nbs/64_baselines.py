@@ -85,8 +85,6 @@ assert abs(sum(probability(1, token) for token in range(5)) - 1) < 1e-12
 
 # %%
 #| export
-from dataclasses import dataclass
-
 import numpy as np
 
 
@@ -176,16 +174,6 @@ assert np.allclose(fast.reshape(vocab_size, vocab_size).sum(axis=1), 1)
 
 # %%
 #| export
-@dataclass(frozen=True)
-class Baselines:
-    """Mean negative log-likelihood of the held-out targets, in nats per token."""
-
-    unigram: float
-    bigram: float
-
-
-# %%
-#| export
 def nats_per_token(model: Unigram | Bigram, tokens: np.ndarray) -> float:
     """Mean of -ln p over tokens[1:], each given the token before it: the targets of `HeldOutBatches`."""
     return float(-np.log(model.probability(tokens[:-1], tokens[1:])).mean())
@@ -197,12 +185,10 @@ print(f"{nats_per_token(bigram, train):.3f} nats per token on the bigram's own t
 
 # %%
 #| export
-def score_baselines(train: np.ndarray, held_out: np.ndarray, vocab_size: int) -> Baselines:
-    """Fit both models on the training tokens alone, and score them on the held-out tokens."""
-    return Baselines(
-        unigram=nats_per_token(Unigram(train, vocab_size), held_out),
-        bigram=nats_per_token(Bigram(train, vocab_size), held_out),
-    )
+def score_baselines(train: np.ndarray, held_out: np.ndarray, vocab_size: int) -> dict[str, float]:
+    """What both models, fitted on the training tokens, score on the held-out ones, in nats per token."""
+    models = {"bigram": Bigram(train, vocab_size), "unigram": Unigram(train, vocab_size)}
+    return {name: nats_per_token(model, held_out) for name, model in models.items()}
 
 
 # %%
@@ -219,7 +205,7 @@ def bits_per_byte(nats: float, targets: int, text_bytes: int) -> float:
 flips = rng.integers(0, 2, 200_000)
 scores = score_baselines(flips[:100_000], flips[100_000:], vocab_size=2)
 print(scores, f"ln 2 = {math.log(2):.4f}")
-assert abs(scores.unigram - math.log(2)) < 1e-3 and abs(scores.bigram - math.log(2)) < 1e-3
+assert abs(scores["unigram"] - math.log(2)) < 1e-3 and abs(scores["bigram"] - math.log(2)) < 1e-3
 assert abs(bits_per_byte(math.log(2), targets=8, text_bytes=1) - 8) < 1e-12
 
 # %% [markdown]
@@ -230,13 +216,13 @@ assert abs(bits_per_byte(math.log(2), targets=8, text_bytes=1) - 8) < 1e-12
 # %%
 import tempfile
 import time
-from pathlib import Path
 
+from pithtrain.config import DataConfig
 from pithtrain.train.shards import prepare
 
 scratch = tempfile.TemporaryDirectory()
 start = time.perf_counter()
-shards = prepare(Path(scratch.name) / "shards", None, "*.py", vocab_size=4096, held_out=0.05)
+shards = prepare(DataConfig(folder=scratch.name + "/shards"), vocab_size=4096)
 print(f"prepared in {time.perf_counter() - start:.1f} s")
 train = shards.train.take(np.arange(len(shards.train)))
 held_out = shards.held_out.take(np.arange(len(shards.held_out)))
@@ -245,7 +231,7 @@ scores = score_baselines(train, held_out, vocab_size=4096)
 print(f"fitted on {len(train):,} tokens, scored on {len(held_out):,}: {time.perf_counter() - start:.1f} s")
 
 text_bytes = shards.manifest.held_out.bytes
-for name, nats in (("uniform", math.log(4096)), ("unigram", scores.unigram), ("bigram", scores.bigram)):
+for name, nats in (("uniform", math.log(4096)), ("unigram", scores["unigram"]), ("bigram", scores["bigram"])):
     print(f"{name}: {nats:.3f} nats per token, {bits_per_byte(nats, len(held_out) - 1, text_bytes):.3f} bits per byte")
 
 # %% [markdown]
@@ -276,8 +262,8 @@ def jelinek_mercer(train: np.ndarray, vocab_size: int, held_out: np.ndarray, rou
 
 
 older = jelinek_mercer(train, 4096, held_out)
-print(f"Jelinek-Mercer {older:.3f}, modified Kneser-Ney {scores.bigram:.3f} nats per token")
-assert scores.bigram < older
+print(f"Jelinek-Mercer {older:.3f}, modified Kneser-Ney {scores['bigram']:.3f} nats per token")
+assert scores["bigram"] < older
 
 # %% [markdown]
 # How much text do the counts need? Left: both models fitted on more and more training windows. The unigram is
@@ -297,8 +283,8 @@ model = Bigram(train, 4096)
 nats = -np.log(model.probability(held_out[:-1], held_out[1:]))
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.3))
-left.plot(parts, [score.unigram for score in curve], "o-", label="unigram")
-left.plot(parts, [score.bigram for score in curve], "o-", label="bigram")
+left.plot(parts, [score["unigram"] for score in curve], "o-", label="unigram")
+left.plot(parts, [score["bigram"] for score in curve], "o-", label="bigram")
 left.set(xscale="log", xlabel="training tokens", ylabel="nats per token", title="Held-out loss of counting")
 left.legend()
 right.hist(nats, bins=60)

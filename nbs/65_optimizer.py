@@ -49,17 +49,14 @@ torch.testing.assert_close(parameter.data, by_hand)
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over named parameters: weight decay on those of two or more axes, none on vectors.
 
-    Experts, which are sharded over other ranks than the rest, are groups of their own.
-    """
+    Experts, which are sharded over other ranks than the rest, are groups of their own."""
     groups = []
     for experts in (False, True):
         for matrices in (False, True):
             chosen = [p for n, p in parameters.items() if (".experts." in n, p.dim() >= 2) == (experts, matrices)]
             if chosen:
                 groups.append({"params": chosen, "weight_decay": config.weight_decay if matrices else 0.0})
-    optimizer = torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-    )
+    optimizer = torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), config.eps, fused=True)
     for p in parameters.values():  # now and not at the first step: memory is short early or never
         zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}

@@ -82,8 +82,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Tensor], keep: int
     """Save `state` as that after `step` and drop all but the newest `keep` checkpoints; return the new one's path.
 
     `state` holds tensors by their global names, DTensors where this rank has a piece. Every rank calls this.
-    Raises UserError where the disk is full; older checkpoints are then untouched.
-    """
+    Raises UserError where the disk is full; older checkpoints are then untouched."""
     many = dist.is_initialized()
     first = not many or dist.get_rank() == 0
     target, partial = checkpoint_path(folder, step), folder / f".writing-{step:08d}"
@@ -171,8 +170,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
 def read_checkpoint(path: Path, state: dict[str, Tensor]) -> None:
     """Fill the tensors of `state`, in place, from the checkpoint at `path`, whatever mesh saved it.
 
-    Raises UserError where the checkpoint is damaged or holds other tensors than these.
-    """
+    Raises UserError where the checkpoint is damaged or holds other tensors than these."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
@@ -182,9 +180,8 @@ def read_checkpoint(path: Path, state: dict[str, Tensor]) -> None:
         if isinstance(error, dcp.api.CheckpointException):
             cause = next(iter(error.failures.values()))[0]
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-        raise UserError(
-            f"{path}: cannot be read ({reason}); delete this folder to go on from the checkpoint before it"
-        ) from None
+        cure = "delete this folder to go on from the checkpoint before it"
+        raise UserError(f"{path}: cannot be read ({reason}); {cure}") from None
 
 
 # %%
@@ -203,4 +200,5 @@ except UserError as error:
     print(str(error).replace(scratch.name, "RUN"))
 
 # %% [markdown]
-# Next: what a run says while it goes: [metrics](67_metrics.py).
+# Yours to do: [a save that is whole or absent](exercises/66_checkpoint.py). Next: what a run says while it goes:
+# [metrics](67_metrics.py).

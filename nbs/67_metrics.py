@@ -14,11 +14,12 @@
 #| export
 import json
 import os
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pithtrain.config import Config, UserError
+from pithtrain.config import Config, LogConfig, UserError
 
 # %% [markdown]
 # ## The file
@@ -69,49 +70,52 @@ print(path.read_text())
 
 # %%
 #| export
+def check_loggers(config: LogConfig) -> None:
+    """Refuse a logger that is not installed."""
+    for wanted, package in ((config.tensorboard, "tensorboard"), (config.wandb, "wandb")):
+        if wanted and find_spec(package) is None:
+            cure = f"pip install 'pithtrain[{package}]', or set log.{package} to false"
+            raise UserError(f"log.{package}: the package {package} is not installed; {cure}")
+
+
+# %%
+check_loggers(LogConfig())
+
+
+# %%
+#| export
 class Metrics:
     """Writes each step's numbers to `metrics.jsonl`, and to the loggers the config asks for."""
 
     def __init__(self, config: Config, last_step: int):
-        for wanted, package in ((config.log.tensorboard, "tensorboard"), (config.log.wandb, "wandb")):
-            if wanted and find_spec(package) is None:
-                raise UserError(
-                    f"log.{package}: the package {package} is not installed; "
-                    f"pip install 'pithtrain[{package}]', or set log.{package} to false"
-                )
-        path = config.path / "metrics.jsonl"
+        path, self.opened = config.path / "metrics.jsonl", ExitStack()
         cut_metrics(path, last_step)
-        self.file = path.open("a")
+        self.file = self.opened.enter_context(path.open("a", buffering=1))  # a line at a time
         self.tensorboard = self.wandb = None
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(config.path / "tensorboard"), purge_step=last_step + 1)
+            writer = SummaryWriter(str(config.path / "tensorboard"), purge_step=last_step + 1)
+            self.tensorboard = self.opened.enter_context(writer)
         if config.log.wandb:
             import wandb
 
-            self.wandb = wandb.init(project="pithtrain", name=config.run.name, dir=config.path, resume="allow")
+            run = wandb.init(project="pithtrain", name=config.run.name, dir=config.path, resume="allow")
+            self.wandb = self.opened.enter_context(run)
 
     def log(self, record: dict[str, Any]) -> None:
         """Write one object; `record["step"]` is its step. Loggers get the numbers, not the lists."""
         self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        numbers = {
-            k: value for k, value in record.items() if isinstance(value, int | float) and k not in ("step", "time")
-        }
-        if self.tensorboard is not None:
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k not in ("step", "time")}
+        if self.tensorboard:
             for key, value in numbers.items():
                 self.tensorboard.add_scalar(key, value, record["step"])
-        if self.wandb is not None:
+        if self.wandb:
             self.wandb.log(numbers, step=record["step"])
 
     def close(self) -> None:
         """Flush and close everything."""
-        self.file.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        self.opened.close()
 
 
 # %%

@@ -41,8 +41,7 @@ records = [
 #| export
 def draw_loss(records: list[dict[str, Any]], baselines: dict[str, float]) -> Figure:
     """Training loss over steps, with a horizontal line for each of `baselines` (nats per token)."""
-    figure = Figure(figsize=(7, 3.8), layout="constrained")
-    axes = figure.subplots()
+    axes = Figure(figsize=(7, 3.8), layout="constrained").subplots()
     axes.plot([r["step"] for r in records], [r["loss"] for r in records], lw=1, label="training loss")
     validated = [r for r in records if "validation_loss" in r]
     axes.plot([r["step"] for r in validated], [r["validation_loss"] for r in validated], "o", label="held-out loss")
@@ -50,7 +49,7 @@ def draw_loss(records: list[dict[str, Any]], baselines: dict[str, float]) -> Fig
         axes.axhline(loss, color=f"C{i + 2}", ls="--", lw=1, label=f"{name}, held-out: {loss:.2f}")
     axes.set(title="Loss", xlabel="step", ylabel="nats per token")
     axes.legend()
-    return figure
+    return axes.figure
 
 
 # %%
@@ -61,11 +60,10 @@ draw_loss(records, {"unigram": 6.5, "bigram": 4.8})
 #| export
 def draw_learning_rate(records: list[dict[str, Any]]) -> Figure:
     """The learning rate over steps."""
-    figure = Figure(figsize=(7, 2.4), layout="constrained")
-    axes = figure.subplots()
+    axes = Figure(figsize=(7, 2.4), layout="constrained").subplots()
     axes.plot([r["step"] for r in records], [r["learning_rate"] for r in records])
     axes.set(title="Learning rate", xlabel="step", ylim=(0, None))
-    return figure
+    return axes.figure
 
 
 # %%
@@ -83,10 +81,9 @@ def draw_load(records: list[dict[str, Any]]) -> Figure:
     layers, experts = len(records[0]["load"]), len(records[0]["load"][0])
     figure = Figure(figsize=(7, 0.6 + 1.2 * layers), layout="constrained")
     bands = figure.subplots(layers, 1, sharex=True, squeeze=False)[:, 0]
-    steps = records[0]["step"], records[-1]["step"]
+    extent = (records[0]["step"] - 0.5, records[-1]["step"] + 0.5, experts - 0.5, -0.5)
     for layer, axes in enumerate(bands):
         relative = [[experts * r["load"][layer][expert] for r in records] for expert in range(experts)]
-        extent = (steps[0] - 0.5, steps[1] + 0.5, experts - 0.5, -0.5)
         image = axes.imshow(relative, aspect="auto", cmap="bwr", vmin=0, vmax=2, extent=extent, interpolation="none")
         axes.set(ylabel=f"layer {layer}")
     bands[0].set_title("Load of each expert")
@@ -104,14 +101,13 @@ draw_load(records)
 def draw_entropy(records: list[dict[str, Any]]) -> Figure:
     """Mean entropy of each layer's router over steps, below the entropy of an undecided one."""
     layers, experts = len(records[0]["load"]), len(records[0]["load"][0])
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    axes = figure.subplots()
+    axes = Figure(figsize=(7, 3), layout="constrained").subplots()
     for layer in range(layers):
         axes.plot([r["step"] for r in records], [r["entropy"][layer] for r in records], label=f"layer {layer}")
     axes.axhline(math.log(experts), color="black", ls="--", lw=0.8, label="undecided")
     axes.set(title="Routing entropy", xlabel="step", ylabel="nats", ylim=(0, None))
     axes.legend(ncols=3, fontsize="small")
-    return figure
+    return axes.figure
 
 
 # %%
@@ -122,15 +118,11 @@ draw_entropy(records)
 #| export
 def save_figures(folder: Path, records: list[dict[str, Any]], baselines: dict[str, float]) -> list[Path]:
     """Draw all figures of a run into `folder`; return their paths."""
-    figures = {
-        "loss.png": draw_loss(records, baselines),
-        "learning_rate.png": draw_learning_rate(records),
-        "expert_load.png": draw_load(records),
-        "entropy.png": draw_entropy(records),
-    }
+    figures = {"loss": draw_loss(records, baselines), "learning_rate": draw_learning_rate(records)}
+    figures |= {"expert_load": draw_load(records), "entropy": draw_entropy(records)}
     for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=120)
-    return [folder / name for name in figures]
+        figure.savefig(folder / f"{name}.png", dpi=120)
+    return [folder / f"{name}.png" for name in figures]
 
 
 # %%

@@ -21,10 +21,11 @@
 
 # %%
 #| export
+import json
 import os
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -32,7 +33,7 @@ from pithtrain.config import Config, UserError, differences, load_run_config, to
 from pithtrain.models.build import build
 from pithtrain.models.decoder import Decoder
 from pithtrain.train.checkpoint import checkpoint_path, checkpoint_steps, load_weights
-from pithtrain.train.tokenizer import load_tokenizer
+from pithtrain.train.tokenizer import end_of_text, load_tokenizer
 
 # %% [markdown]
 # ## Whose folder is it?
@@ -53,10 +54,8 @@ def check_run_folder(config: Config) -> None:
     if checkpoint_steps(folder / "checkpoints")[-1:] == [0]:  # imported and not trained yet: only the model is settled
         changed = [line for line in changed if line.startswith("model.")]
     if changed:
-        raise UserError(
-            f"{folder}: belongs to a run with another config ({'; '.join(changed)}); "
-            "set run.name to another name, or delete the folder"
-        )
+        cure = "set run.name to another name, or delete the folder"
+        raise UserError(f"{folder}: belongs to a run with another config ({'; '.join(changed)}); {cure}")
 
 
 # %%
@@ -65,8 +64,7 @@ def create_run_folder(config: Config, tokenizer: Path) -> None:
     """Make the run's folder, whole or not at all, with the config and a copy of the tokenizer in it.
 
     A folder that is there gets the config anew, because free settings may have changed. Raises UserError where
-    nothing can be written.
-    """
+    nothing can be written."""
     partial = config.path.with_name(f".{config.run.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -105,7 +103,9 @@ except UserError as error:
 # %% [markdown]
 # ## Opening a run
 #
-# To use a trained model one needs its config, its tokenizer and its newest weights.
+# To use a trained model one needs its config, its tokenizer and its newest weights. Models
+# [that come from elsewhere](80_hub.py) have habits of their own: how many positions they know, which tokens end what
+# they say (often more than one), and whether a token stands before every text. Their published settings say so.
 
 
 # %%
@@ -117,6 +117,47 @@ class Run(NamedTuple):
     tokenizer: Tokenizer
     model: Decoder  #: on the CPU, fp32, with the newest checkpoint's weights
     step: int
+    published: dict[str, Any] = {}  # noqa: RUF012 (only read)  #: settings of the folder that it was imported from
+
+    @property
+    def context(self) -> int:
+        """Positions that the model knows, published with it or trained on here."""
+        return max(self.config.train.sequence_length, self.published.get("max_position_embeddings") or 0)
+
+    @property
+    def ends(self) -> set[int]:
+        """The tokens that end a text: end-of-text, and all that were published as such."""
+        named = self.published.get("eos_token_id")
+        return {end_of_text(self.tokenizer), *(named if isinstance(named, list) else [named])} - {None}
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text alone."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def opened(self, tokens: list[int]) -> list[int]:
+        """`tokens` behind what stands before every text; at least one token, end-of-text where there is no other."""
+        end, bos = (
+            [end_of_text(self.tokenizer)],
+            self.published.get("add_bos_token") and self.published.get("bos_token"),
+        )
+        number = self.tokenizer.token_to_id(bos["content"] if isinstance(bos, dict) else bos or "")
+        first = end if not self.published else [] if number is None else [number]  # ours were trained behind an end
+        return (self.tokenizer.encode("").ids or first) + tokens or end
+
+
+# %%
+#| export
+def published_settings(folder: Path) -> dict[str, Any]:
+    """The text model's settings that came with an import, the later file's where two disagree; none for our own run."""
+    found: dict[str, Any] = {}
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json", "dtypes.json"):
+        path = folder / "published" / name
+        try:
+            table = json.loads(path.read_text()) if path.is_file() else {}
+            found |= table | table.get("text_config", {})
+        except (ValueError, TypeError, AttributeError):
+            raise UserError(f"{path}: not a table of settings; mend it, or import the model again") from None
+    return found
 
 
 # %%
@@ -129,7 +170,7 @@ def open_run(folder: Path) -> Run:
         raise UserError(f"{folder}: has no checkpoint yet; train it first")
     model = build(config.model)
     load_weights(checkpoint_path(folder / "checkpoints", steps[-1]), model)
-    return Run(config, load_tokenizer(folder / "tokenizer.json"), model, steps[-1])
+    return Run(config, load_tokenizer(folder / "tokenizer.json"), model, steps[-1], published_settings(folder))
 
 
 # %%
@@ -143,6 +184,12 @@ model = build(small)
 save_checkpoint(config.path / "checkpoints", 7, {f"model.{n}": t for n, t in model.state_dict().items()}, keep=1)
 run = open_run(config.path)
 print(f"step {run.step}, {sum(p.numel() for p in run.model.parameters()):,} parameters")
+print("context", run.context, "opening", run.opened([]), "ends", run.ends)
+(config.path / "published").mkdir()
+(config.path / "published" / "config.json").write_text('{"max_position_embeddings": 4096, "eos_token_id": [1, 2]}')
+run = open_run(config.path)
+print("context", run.context, "tokens", run.opened([5]), "ends", run.ends)
+assert (run.context, run.opened([5]), run.opened([]), run.ends) == (4096, [5], [0], {0, 1, 2})
 
 # %% [markdown]
 # Next: [text out of it](70_generate.py).

@@ -14,13 +14,14 @@
 # %%
 #| export
 from collections.abc import Callable, Iterator
+from itertools import islice, takewhile
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
+from pithtrain.config import UserError
 from pithtrain.models.decoder import Decoder
-from pithtrain.train.tokenizer import end_of_text
+from pithtrain.train.run import Run
 
 
 # %%
@@ -68,8 +69,7 @@ def decode(model: Decoder, tokens: list[int], context: int, choose: Callable[[Te
     """The tokens that follow `tokens` (one at least), endlessly; `choose` takes one by its logits (V,), on the CPU.
 
     No more than `context` tokens are seen at once: the last ones of `tokens`, and where the context is full, the
-    newest half of it.
-    """
+    newest half of it."""
     device = next(model.parameters()).device
     seen, unread = [], tokens[-context:]
     caches = [layer.new_cache() for layer in model.layers.values()]
@@ -89,8 +89,6 @@ def decode(model: Decoder, tokens: list[int], context: int, choose: Callable[[Te
 # model, again and again, with a context that fills up on the way (lines: where it was read anew):
 
 # %%
-from itertools import islice
-
 from pithtrain.config import DeepseekConfig, GptOssConfig, Qwen3_5MoeConfig, Qwen3MoeConfig
 from pithtrain.models.build import build
 from pithtrain.models.decoder import initialise
@@ -153,57 +151,43 @@ fig
 # %% [markdown]
 # ## Text
 #
-# In training a document follows an end-of-text token, so one stands before the prompt, unless the tokenizer itself
-# puts something in front of every text.
+# In training a document follows an end-of-text token, so one stands before the prompt of a model that was trained here.
+# A model from elsewhere has [its own habits](69_run.py): what opens a text, and which tokens end it.
 
 
 # %%
 #| export
-def opening(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that stand before any text."""
-    return tokenizer.encode("").ids or [end_of_text(tokenizer)]
+def generate(run: Run, prompt: str, tokens: int, temperature: float = 0.8, top_k: int = 50, seed: int = 0) -> str:
+    """`prompt` followed by up to `tokens` drawn tokens; ends early at a token that ends a text.
 
-
-# %%
-#| export
-def generate(
-    model: Decoder,
-    tokenizer: Tokenizer,
-    prompt: str,
-    tokens: int,
-    context: int,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    seed: int = 0,
-) -> str:
-    """`prompt` followed by up to `tokens` drawn tokens; ends early at an end-of-text token. `context`: see `decode`."""
-    end, generator = end_of_text(tokenizer), torch.Generator().manual_seed(seed)
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-    drawn: list[int] = []
-    choices = decode(
-        model, opening(tokenizer) + ids, context, lambda logits: pick(logits, temperature, top_k, generator)
-    )
-    while len(drawn) < tokens and (token := next(choices)) != end:
-        drawn.append(token)
-    return tokenizer.decode(ids + drawn)
+    Raises UserError for a prompt longer than the model's context. What is drawn may go beyond it: see `decode`."""
+    ids, ends, generator = run.encode(prompt), run.ends, torch.Generator().manual_seed(seed)
+    before = run.opened(ids)
+    if len(before) > run.context:
+        raise UserError(
+            f"the prompt: has {len(before)} tokens, and the model knows {run.context} positions; shorten it"
+        )
+    choices = decode(run.model, before, run.context, lambda logits: pick(logits, temperature, top_k, generator))
+    return run.tokenizer.decode(ids + list(takewhile(lambda token: token not in ends, islice(choices, tokens))))
 
 
 # %% [markdown]
 # An untrained model babbles, and the same seed babbles the same:
 
 # %%
+from pithtrain.config import Config
 from pithtrain.train.tokenizer import train_tokenizer
 
 tokenizer = train_tokenizer(["def run(): return 1\n", "class Run: pass\n"] * 100, vocab_size=270)
-model = build(
-    Qwen3MoeConfig(
-        hidden=32, heads=4, head_dim=8, experts=4, expert_hidden=16, vocab_size=tokenizer.get_vocab_size(), layers=1
-    )
+config = Config(
+    model=Qwen3MoeConfig(hidden=32, heads=4, head_dim=8, experts=4, expert_hidden=16, vocab_size=270, layers=1)
 )
+model = build(config.model)
 initialise(model, seed=0)
-first = generate(model, tokenizer, "def ", tokens=12, context=64)
+run = Run(config, tokenizer, model, step=0)
+first = generate(run, "def ", tokens=12)
 print(repr(first))
-assert first == generate(model, tokenizer, "def ", tokens=12, context=64)
+assert first == generate(run, "def ", tokens=12)
 
 # %% [markdown]
 # Next: the loop that makes it learn: the [training step](71_step.py).

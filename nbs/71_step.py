@@ -21,12 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pithtrain.config import Config
+from pithtrain.config import Config, DecoderConfig
 from pithtrain.layers.attention import OneRank
 from pithtrain.layers.balance import balance_loss, routing_entropy, sequence_load, update_bias
 from pithtrain.layers.router import Routed
 from pithtrain.models.build import build
-from pithtrain.models.decoder import Decoder, initialise
+from pithtrain.models.decoder import Decoder, count_parameters, initialise
 from pithtrain.models.stages import AtHome, Place
 from pithtrain.parallel.expert import ExpertExchange
 from pithtrain.parallel.mesh import Mesh, check_axes
@@ -187,6 +187,32 @@ def build_part(config: Config, place: Place, mesh: Mesh) -> Decoder:
     return part
 
 
+# %% [markdown]
+# Along a pipeline layers are dealt out so that stages take equally long, and the last stage has the head beside its
+# layers. A product costs what its weights are many, so both are counted in weights that a token uses; looking up an
+# embedding is close to free.
+
+
+# %%
+#| export
+def head_cost(model: DecoderConfig) -> float:
+    """What the head and the loss take, in units of the last layer (which has experts in every family)."""
+    with torch.device("meta"):
+        layer = build(model, Place(layers=range(model.layers - 1, model.layers), first=False, last=False))
+    return model.vocab_size * model.hidden / count_parameters(layer, model.experts, model.top_k)[1]
+
+
+# %%
+from pithtrain.config import Qwen3MoeConfig
+
+published = Qwen3MoeConfig(
+    vocab_size=151_936, layers=48, hidden=2048, heads=32, kv_heads=4, head_dim=128, experts=128, top_k=8,
+    expert_hidden=768, tie_embeddings=False,
+)  # fmt: skip
+print(f"Qwen3-30B-A3B: the head costs {head_cost(published):.1f} layers; over 8 stages",
+      *map(len, split_layers(48, 8, 0.1, head_cost(published))))  # fmt: skip
+
+
 # %%
 #| export
 class StepResult(NamedTuple):
@@ -204,8 +230,7 @@ class StepResult(NamedTuple):
 class Learner:
     """What one rank trains: its parts of the model, their optimiser, and the engine that runs them.
 
-    Raises UserError where the config cannot be shared along the mesh's axes.
-    """
+    Raises UserError where the config cannot be shared along the mesh's axes."""
 
     def __init__(self, config: Config, mesh: Mesh, dtype: torch.dtype = torch.float32):
         check_axes(config, mesh.axes)
@@ -213,7 +238,7 @@ class Learner:
         pp, train = mesh.axes.pp, config.train
         microbatches = train.batch_size // (train.micro_batch_size * mesh.axes.batch_ranks)
         self.schedule = generate(config.mesh.schedule if pp > 1 else "1f1b", pp, microbatches)
-        splits = split_layers(config.model.layers, self.schedule.stages)
+        splits = split_layers(config.model.layers, self.schedule.stages, 0.1, head_cost(config.model))
         place = Place(
             exchange=ExpertExchange(mesh.ep_group) if mesh.ep_group else AtHome(),
             core=Ring(mesh.cp_group) if mesh.cp_group else OneRank(),

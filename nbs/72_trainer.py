@@ -13,15 +13,12 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed import Store
 from tqdm import tqdm
 
 from pithtrain.config import Config, RunConfig, UserError
@@ -32,18 +29,12 @@ from pithtrain.parallel.mesh import Mesh, check_axes, fit_axes, make_mesh
 from pithtrain.parallel.watch import process_group
 from pithtrain.train.baselines import bits_per_byte, score_baselines
 from pithtrain.train.batches import HeldOutBatches, TrainBatches
-from pithtrain.train.checkpoint import (
-    checkpoint_path,
-    checkpoint_steps,
-    disk_full,
-    read_checkpoint,
-    save_checkpoint,
-)
+from pithtrain.train.checkpoint import checkpoint_path, checkpoint_steps, disk_full, read_checkpoint, save_checkpoint
 from pithtrain.train.figures import save_figures
 from pithtrain.train.generate import generate
-from pithtrain.train.metrics import Metrics, read_metrics
+from pithtrain.train.metrics import Metrics, check_loggers, read_metrics
 from pithtrain.train.optimizer import learning_rate
-from pithtrain.train.run import check_run_folder, create_run_folder
+from pithtrain.train.run import Run, check_run_folder, create_run_folder
 from pithtrain.train.shards import Shards, prepare
 from pithtrain.train.step import Learner, StepResult, read_microbatches
 
@@ -97,14 +88,11 @@ class StopRequest:
 
     def _ask(self, number: int, frame: Any) -> None:
         self.requested = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        self.__exit__()
 
     def __exit__(self, *error: object) -> None:
-        self._restore()
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
 
 # %%
@@ -115,33 +103,24 @@ with StopRequest() as stop:
 # %% [markdown]
 # ## The loop
 #
-# Everything that can be refused is refused before the run folder is made. Then: make or load, step, log,
-# save. What a step does depends on its number alone, so a resumed loop is the same loop, entered later.
+# Make or load, step, log, save. What a step does depends on its number alone, so a resumed loop is the same
+# loop, entered later. The run folder is made last of all that comes before the first step, so that whatever is
+# refused leaves none behind: a mesh that does not fit, data that is too short, a logger that is not installed.
 
 
 # %%
 #| export
-@dataclass(frozen=True)
-class Trained:
-    """How a call of `train` ended: at step `step` of `steps`, in `folder`."""
-
-    folder: Path
-    step: int
-    steps: int
-
-
-# %%
-#| export
-def train(config: Config, launch: Launch = Launch(), store: Store | None = None) -> Trained:
+def train(config: Config, launch: Launch = Launch(), store: dist.Store | None = None) -> int:
     """Train the run that `config` describes, from its newest checkpoint if it has one, and report it.
 
-    Every rank of a job calls this with its own `launch` and the job's `store`. Raises UserError for anything
-    about the config, the data or the machine that the user can mend.
-    """
+    Every rank of a job calls this with its own `launch` and the job's `store`. Returns the step that it ended at,
+    which is not the last where it was interrupted. Raises UserError for anything about the config, the data or the
+    machine that the user can mend."""
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     compute = choose_compute(config.run)
     check_axes(config, fit_axes(config.mesh, launch.world_size))
+    check_loggers(config.log)
     if launch.rank == 0:
         shards = open_data(config, report=print)
     if store:  # rank 0 makes what is not there; only then do the others look
@@ -150,8 +129,6 @@ def train(config: Config, launch: Launch = Launch(), store: Store | None = None)
         shards = open_data(config)
     batches = TrainBatches(shards.train, config.train.sequence_length, config.train.batch_size, config.run.seed)
     try:
-        if launch.rank == 0:
-            create_run_folder(config, shards.folder / "tokenizer.json")
         with process_group(launch, store, compute.device) as device:
             mesh = make_mesh(config.mesh, launch.rank, launch.world_size, device)
             return run_steps(config, mesh, compute.dtype, shards, batches)
@@ -166,21 +143,12 @@ def train(config: Config, launch: Launch = Launch(), store: Store | None = None)
 def open_data(config: Config, report: Callable[[str], None] = lambda line: None) -> Shards:
     """The run's shards, made if they are not there; refuses a run folder that is another run's first."""
     check_run_folder(config)
-    data, own = config.data, config.path / "tokenizer.json"  # a run that is there has its tokenizer, imported or not
-    shards = prepare(
-        Path(data.folder),
-        Path(data.corpus) if data.corpus else None,
-        data.pattern,
-        config.model.vocab_size,
-        data.held_out,
-        report=report,
-        tokenizer=own if own.is_file() else None,
-    )
+    own = config.path / "tokenizer.json"  # a run that is there has its tokenizer, imported or not
+    shards = prepare(config.data, config.model.vocab_size, own if own.is_file() else None, report)
     found = shards.manifest
-    report(
-        f"{found.corpus}: {found.train.documents} files to train on, {found.train.tokens:,} tokens; "
-        f"{found.held_out.documents} held out; {found.empty} empty and {found.undecodable} undecodable skipped"
-    )
+    train = f"{found.train.documents} files to train on, {found.train.tokens:,} tokens"
+    skipped = f"{found.empty} empty and {found.undecodable} undecodable skipped"
+    report(f"{found.corpus}: {train}; {found.held_out.documents} held out; {skipped}")
     return shards
 
 
@@ -191,22 +159,23 @@ def open_data(config: Config, report: Callable[[str], None] = lambda line: None)
 
 # %%
 #| export
-def run_steps(config: Config, mesh: Mesh, dtype: torch.dtype, shards: Shards, batches: TrainBatches) -> Trained:
-    """The training loop of `train`, over opened data, in a run folder that exists."""
+def run_steps(config: Config, mesh: Mesh, dtype: torch.dtype, shards: Shards, batches: TrainBatches) -> int:
+    """The training loop of `train`, over opened data; makes the run folder once nothing is left to refuse."""
     folder, steps, first_rank = config.path, config.train.steps, mesh.rank == 0
     learner = Learner(config, mesh, dtype)
     saved = checkpoint_steps(folder / "checkpoints")
-    first = saved[-1] if saved else 0
+    first = step = saved[-1] if saved else 0
     if saved:
         state = learner.state()
         if not first:  # an imported model: weights alone
             state = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
         read_checkpoint(checkpoint_path(folder / "checkpoints", first), state)
         learner.resume(first)
-    if first_rank:
-        print(describe_run(config, mesh, dtype, first))
     rows = config.train.micro_batch_size * mesh.axes.batch_ranks
     held_out = HeldOutBatches(shards.held_out, config.train.sequence_length, rows)
+    if first_rank:
+        create_run_folder(config, shards.folder / "tokenizer.json")
+        print(describe_run(config, mesh, dtype, first))
     tokens = config.train.batch_size * config.train.sequence_length
     metrics = Metrics(config, first) if first_rank else None
     bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=not first_rank)
@@ -218,10 +187,8 @@ def run_steps(config: Config, mesh: Mesh, dtype: torch.dtype, shards: Shards, ba
             result = learner.step(own, rate)
             seconds = time.perf_counter() - start
             if not math.isfinite(result.loss):
-                raise UserError(
-                    f"{folder}: the loss of step {step} is {result.loss}; lower optimizer.learning_rate "
-                    f"(now {config.optimizer.learning_rate}) or raise optimizer.warmup, and start anew"
-                )
+                cure = f"lower optimizer.learning_rate (now {config.optimizer.learning_rate}) or raise optimizer.warmup"
+                raise UserError(f"{folder}: the loss of step {step} is {result.loss}; {cure}, and start anew")
             record = step_record(step, result, rate, tokens, seconds)
             every = config.train.evaluate_every
             if step == steps or (every and step % every == 0):
@@ -231,30 +198,19 @@ def run_steps(config: Config, mesh: Mesh, dtype: torch.dtype, shards: Shards, ba
                 metrics.log(record)
             bar.set_postfix_str(f"loss {result.loss:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
             bar.update()
-            last = step == steps or any_rank(stop.requested, mesh)
+            last = torch.tensor(step == steps or stop.requested, dtype=torch.int32, device=mesh.device)
+            if mesh.world_size > 1:
+                dist.all_reduce(last)
             if last or (config.train.checkpoint_every and step % config.train.checkpoint_every == 0):
                 state = learner.state() | {"step": torch.tensor(step)}
                 save_checkpoint(folder / "checkpoints", step, state, config.train.keep)
             if last:
                 break
-        else:
-            step = steps  # a finished run, started again
     if metrics:
         metrics.close()
         if step == steps:
             print(report(config, shards, learner.parts[0] if mesh.world_size == 1 else None))
-    return Trained(folder, step, steps)
-
-
-# %%
-#| export
-def any_rank(flag: bool, mesh: Mesh) -> bool:
-    """Whether any rank says so."""
-    if mesh.world_size == 1:
-        return flag
-    said = torch.tensor(int(flag), device=mesh.device)
-    dist.all_reduce(said)
-    return bool(said)
+    return step
 
 
 # %%
@@ -283,19 +239,13 @@ def step_record(step: int, result: StepResult, rate: float, tokens: int, seconds
     """The metrics of one step, ready for JSON. Every value but the last three repeats exactly in a second run."""
     share = result.load / result.load.sum(dim=1, keepdim=True)
     return {
-        "step": step,
-        "tokens": step * tokens,
-        "loss": result.loss,
-        "balance_loss": result.balance,
-        "learning_rate": rate,
-        "grad_norm": result.grad_norm,
+        "step": step, "tokens": step * tokens, "loss": result.loss, "balance_loss": result.balance,
+        "learning_rate": rate, "grad_norm": result.grad_norm,
         "imbalance": (share.max(dim=1).values * share.shape[1]).max().item(),
         "entropy": result.entropy.tolist(),
         "load": [[round(value, 5) for value in layer] for layer in share.tolist()],
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        "time": time.time(),
-    }
+        "seconds": seconds, "tokens_per_second": tokens / seconds, "time": time.time(),
+    }  # fmt: skip
 
 
 # %%
@@ -315,30 +265,24 @@ step_record(8, StepResult(2.5, 0.01, 0.7, load, torch.tensor([1.2])), 0.003, 64,
 def report(config: Config, shards: Shards, model: Decoder | None) -> str:
     """Write results.json, sample.txt and the figures of a finished run; return the table to print.
 
-    Without the whole model on this rank there is no sample; `pithtrain generate` gives one.
-    """
+    Without the whole model on this rank there is no sample; `pithtrain generate` gives one."""
     folder, records = config.path, read_metrics(config.path / "metrics.jsonl")
     last = records[-1]
     train_tokens, held_out = (split.take(np.arange(len(split))) for split in (shards.train, shards.held_out))
-    scores = score_baselines(train_tokens, held_out, config.model.vocab_size)
-    baselines = {"bigram": scores.bigram, "unigram": scores.unigram}
+    baselines = score_baselines(train_tokens, held_out, config.model.vocab_size)
     table = {"this model": last["validation_loss"], **baselines}
     text_bytes = shards.manifest.held_out.bytes
     bits = {name: bits_per_byte(loss, len(held_out) - 1, text_bytes) for name, loss in table.items()}
     results = {
-        "step": last["step"],
-        "tokens": last["tokens"],
-        "nats_per_token": table,
-        "bits_per_byte": bits,
-        "training_seconds": sum(record["seconds"] for record in records),
-        "torch": torch.__version__,
-    }
+        "step": last["step"], "tokens": last["tokens"], "nats_per_token": table, "bits_per_byte": bits,
+        "training_seconds": sum(record["seconds"] for record in records), "torch": torch.__version__,
+    }  # fmt: skip
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     figures = save_figures(folder, records, baselines)
     lines = [f"{'held-out text':<22}{'nats per token':>16}{'bits per byte':>16}"]
     lines += [f"{name:<22}{loss:>16.3f}{bits[name]:>16.3f}" for name, loss in table.items()]
     if model:
-        sample = generate(model, shards.tokenizer, "def ", 200, config.train.sequence_length)
+        sample = generate(Run(config, shards.tokenizer, model, last["step"]), "def ", 200)
         (folder / "sample.txt").write_text(sample + "\n")
         lines += ["", "a sample:", *(f"    {line}" for line in sample.splitlines()), ""]
     else:
@@ -366,8 +310,8 @@ config = Config(
     optimizer=OptimizerConfig(learning_rate=5e-3, warmup=5),
     train=TrainConfig(steps=120, sequence_length=64, batch_size=16, micro_batch_size=8),
 )
-trained = train(config)
-assert train(config).step == 120
+train(config)
+assert train(config) == 120
 
 # %% [markdown]
 # Next: all of this from the [command line](90_cli.py).

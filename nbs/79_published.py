@@ -18,12 +18,13 @@
 # %%
 #| export
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from pithtrain.config import DecoderConfig, DeepseekConfig, GptOssConfig, Qwen3_5MoeConfig, Qwen3MoeConfig, UserError
+from pithtrain.config import (DecoderConfig, DeepseekConfig, GptOssConfig, Qwen3_5MoeConfig, Qwen3MoeConfig, UserError,
+                              check_value)  # fmt: skip
 
 # %% [markdown]
 # ## Names
@@ -35,27 +36,32 @@ from pithtrain.config import DecoderConfig, DeepseekConfig, GptOssConfig, Qwen3_
 
 # %%
 #| export
-TOP = {
-    "embedding.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-}
+TOP = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in
+       {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}.items()}  # fmt: skip
 SPLIT_EXPERTS = {
     "experts.gate_up": "mlp.experts.#.gate_proj.weight mlp.experts.#.up_proj.weight",
     "experts.down": "mlp.experts.#.down_proj.weight",
 }
+
+
+# %%
+#| export
+def attention_names(theirs: str, names: dict[str, str]) -> dict[str, str]:
+    """Published names of the weights of an attention that is called `theirs`."""
+    return {f"attention.{ours}.weight": f"{theirs}.{name}.weight" for ours, name in names.items()}
+
+
+# %%
+#| export
 GROUPED_QUERY = {
     "attention_norm.weight": "input_layernorm.weight",
-    "attention.query.weight": "self_attn.q_proj.weight",
-    "attention.key.weight": "self_attn.k_proj.weight",
-    "attention.value.weight": "self_attn.v_proj.weight",
-    "attention.output.weight": "self_attn.o_proj.weight",
     "expert_norm.weight": "post_attention_layernorm.weight",
+    **attention_names("self_attn", {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}),
 }
-QUERY_KEY_NORMS = {
-    "attention.query_norm.weight": "self_attn.q_norm.weight",
-    "attention.key_norm.weight": "self_attn.k_norm.weight",
-}
+QUERY_KEY_NORMS = attention_names("self_attn", {"query_norm": "q_norm", "key_norm": "k_norm"})
+
+# %%
+print(GROUPED_QUERY)
 
 
 # %%
@@ -70,16 +76,10 @@ def qwen3_moe_names(config: Qwen3MoeConfig, layer: int) -> dict[str, str]:
 def deepseek_names(config: DeepseekConfig, layer: int) -> dict[str, str]:
     """Published names of a DeepSeek layer's tensors; V2 has no selection bias."""
     mlp = "mlp" if layer < config.dense_layers else "mlp.shared_experts"
-    attention = {
-        "latent": "kv_a_proj_with_mqa",
-        "latent_norm": "kv_a_layernorm",
-        "expand": "kv_b_proj",
-        "output": "o_proj",
-        "query_latent": "q_a_proj",
-        "query_norm": "q_a_layernorm",
-        "query": "q_b_proj" if config.query_rank else "q_proj",
-    }
-    return {f"attention.{ours}.weight": f"self_attn.{theirs}.weight" for ours, theirs in attention.items()} | {
+    query = {"query_latent": "q_a_proj", "query_norm": "q_a_layernorm", "query": "q_b_proj"}
+    latent = {"latent": "kv_a_proj_with_mqa", "latent_norm": "kv_a_layernorm", "expand": "kv_b_proj"}
+    attention = {"output": "o_proj"} | latent | (query if config.query_rank else {"query": "q_proj"})
+    return attention_names("self_attn", attention) | {
         "attention_norm.weight": "input_layernorm.weight",
         "mlp_norm.weight": "post_attention_layernorm.weight",
         "mlp.gate_up.weight": f"{mlp}.gate_proj.weight {mlp}.up_proj.weight",
@@ -114,7 +114,7 @@ def qwen3_5_moe_names(config: Qwen3_5MoeConfig, layer: int) -> dict[str, str]:
     if (layer + 1) % config.full_every:
         delta = {"qkv": "in_proj_qkv", "gate": "in_proj_z", "strength": "in_proj_b", "decay": "in_proj_a"}
         delta |= {"norm": "norm", "output": "out_proj"}
-        names = names | {f"attention.{ours}.weight": f"linear_attn.{theirs}.weight" for ours, theirs in delta.items()}
+        names = names | attention_names("linear_attn", delta)
     return names | {
         "attention.convolution": "linear_attn.conv1d.weight",
         "attention.A_log": "linear_attn.A_log",
@@ -137,37 +137,21 @@ def qwen3_5_moe_names(config: Qwen3_5MoeConfig, layer: int) -> dict[str, str]:
 
 # %%
 #| export
-SHARED_KEYS = {
-    "vocab_size": "vocab_size",
-    "layers": "num_hidden_layers",
-    "hidden": "hidden_size",
-    "heads": "num_attention_heads",
-    "top_k": "num_experts_per_tok",
-    "norm_eps": "rms_norm_eps",
-}
+# fmt: off
+SHARED_KEYS = {"vocab_size": "vocab_size", "layers": "num_hidden_layers", "hidden": "hidden_size",
+               "heads": "num_attention_heads", "top_k": "num_experts_per_tok", "norm_eps": "rms_norm_eps"}
 OPTIONAL_KEYS = {"tie_embeddings": "tie_word_embeddings", "init_std": "initializer_range"}
 QWEN_KEYS = {"experts": "num_experts", "expert_hidden": "moe_intermediate_size"}
 HEAD_KEYS = {"kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
-DEEPSEEK_KEYS = {
-    "experts": "n_routed_experts",
-    "expert_hidden": "moe_intermediate_size",
-    "head_dim": "qk_nope_head_dim",
-    "rope_dim": "qk_rope_head_dim",
-    "value_dim": "v_head_dim",
-    "latent_rank": "kv_lora_rank",
-    "dense_layers": "first_k_dense_replace",
-    "dense_hidden": "intermediate_size",
-    "shared_experts": "n_shared_experts",
-    "routed_scale": "routed_scaling_factor",
-}
-DELTA_KEYS = {
-    "delta_key_heads": "linear_num_key_heads",
-    "delta_value_heads": "linear_num_value_heads",
-    "delta_key_dim": "linear_key_head_dim",
-    "delta_value_dim": "linear_value_head_dim",
-    "delta_taps": "linear_conv_kernel_dim",
-    "shared_hidden": "shared_expert_intermediate_size",
-}
+DEEPSEEK_KEYS = {"experts": "n_routed_experts", "expert_hidden": "moe_intermediate_size",
+                 "head_dim": "qk_nope_head_dim", "rope_dim": "qk_rope_head_dim", "value_dim": "v_head_dim",
+                 "latent_rank": "kv_lora_rank", "dense_layers": "first_k_dense_replace",
+                 "dense_hidden": "intermediate_size", "shared_experts": "n_shared_experts",
+                 "routed_scale": "routed_scaling_factor"}
+DELTA_KEYS = {"delta_key_heads": "linear_num_key_heads", "delta_value_heads": "linear_num_value_heads",
+              "delta_key_dim": "linear_key_head_dim", "delta_value_dim": "linear_value_head_dim",
+              "delta_taps": "linear_conv_kernel_dim", "shared_hidden": "shared_expert_intermediate_size"}
+# fmt: on
 
 
 # %%
@@ -241,7 +225,7 @@ def deepseek_settings(table: dict[str, Any]) -> dict[str, Any]:
         if not rope.get("mscale"):
             raise UserError("mscale: is not set but mscale_all_dim is; published models set both")
         ours |= {"yarn_mscale": float(rope["mscale"]), "yarn_mscale_all_dim": float(strength)}
-    if table.get("topk_method") != "greedy":
+    if table["model_type"] == "deepseek_v3" or table.get("topk_method", "greedy") != "greedy":
         ours |= {"groups": table.get("n_group") or 1, "top_groups": table.get("topk_group") or 1}
     return ours | {"query_rank": table.get("q_lora_rank") or 0}
 
@@ -340,6 +324,9 @@ def qwen3_5_table(config: Qwen3_5MoeConfig) -> dict[str, Any]:
 
 # %%
 #| export
+BESIDE = r"rotary_emb\.inv_freq$"
+
+
 @dataclass(frozen=True)
 class Published:
     """How one architecture is published."""
@@ -353,72 +340,47 @@ class Published:
     table: Callable[[Any], dict[str, Any]]  #: the way back
     names: Callable[[Any, int], dict[str, str]]  #: config and layer -> our tensors' published names
     ours: tuple[tuple[str, Any], ...] = ()  #: settings of ours that tell this architecture from its siblings
-    beside: str = r"rotary_emb\.inv_freq$"  #: regular expression of tensors that are no part of the decoder
+    beside: str = BESIDE  #: regular expression of tensors that are no part of the decoder
 
 
 # %%
 #| export
 SILU = {"hidden_act": "silu", "attention_bias": False}
 DEEPSEEK_FIXED = SILU | {"mlp_bias": False, "moe_layer_freq": 1, "rope_interleave": True}
+# fmt: off
 PUBLISHED = (
     Published(
-        Qwen3MoeConfig,
-        "qwen3_moe",
-        "Qwen3MoeForCausalLM",
+        Qwen3MoeConfig, "qwen3_moe", "Qwen3MoeForCausalLM",
         SHARED_KEYS | HEAD_KEYS | QWEN_KEYS | {"renormalise": "norm_topk_prob"},
         SILU | {"decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False},
-        plain_positions,
-        plain_rope,
-        qwen3_moe_names,
+        plain_positions, plain_rope, qwen3_moe_names,
     ),
     Published(
-        DeepseekConfig,
-        "deepseek_v2",
-        "DeepseekV2ForCausalLM",
-        SHARED_KEYS | DEEPSEEK_KEYS,
+        DeepseekConfig, "deepseek_v2", "DeepseekV2ForCausalLM", SHARED_KEYS | DEEPSEEK_KEYS,
         DEEPSEEK_FIXED | {"scoring_func": "softmax", "norm_topk_prob": False},
-        deepseek_settings,
-        deepseek_table,
-        deepseek_names,
-        (("scoring", "softmax"),),
+        deepseek_settings, deepseek_table, deepseek_names, (("scoring", "softmax"),),
     ),
     Published(
-        DeepseekConfig,
-        "deepseek_v3",
-        "DeepseekV3ForCausalLM",
+        DeepseekConfig, "deepseek_v3", "DeepseekV3ForCausalLM",
         SHARED_KEYS | DEEPSEEK_KEYS | {"renormalise": "norm_topk_prob"},
         DEEPSEEK_FIXED | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
-        deepseek_settings,
-        deepseek_table,
-        deepseek_names,
-        (("scoring", "sigmoid"),),
-        r"rotary_emb\.inv_freq$|^model\.layers\.61\.",  # the one layer that predicts a second token
+        deepseek_settings, deepseek_table, deepseek_names, (("scoring", "sigmoid"),),
     ),
     Published(
-        GptOssConfig,
-        "gpt_oss",
-        "GptOssForCausalLM",
-        SHARED_KEYS
-        | HEAD_KEYS
+        GptOssConfig, "gpt_oss", "GptOssForCausalLM",
+        SHARED_KEYS | HEAD_KEYS
         | {"experts": "num_local_experts", "expert_hidden": "intermediate_size", "window": "sliding_window"},
         {"hidden_act": "silu", "attention_bias": True, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
-        gpt_oss_settings,
-        gpt_oss_table,
-        gpt_oss_names,
+        gpt_oss_settings, gpt_oss_table, gpt_oss_names,
     ),
     Published(
-        Qwen3_5MoeConfig,
-        "qwen3_5_moe_text",
-        "Qwen3_5MoeForCausalLM",
-        SHARED_KEYS | HEAD_KEYS | QWEN_KEYS | DELTA_KEYS,
-        SILU | {"attn_output_gate": True},
-        qwen3_5_settings,
-        qwen3_5_table,
-        qwen3_5_moe_names,
-        (),
-        r"rotary_emb\.inv_freq$|^mtp\.|^model\.visual\.",  # a second token's prediction, and images
+        Qwen3_5MoeConfig, "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM",
+        SHARED_KEYS | HEAD_KEYS | QWEN_KEYS | DELTA_KEYS, SILU | {"attn_output_gate": True},
+        qwen3_5_settings, qwen3_5_table, qwen3_5_moe_names, (),
+        rf"{BESIDE}|^mtp\.|^model\.visual\.",  # a second token's prediction, and images
     ),
 )
+# fmt: on
 
 
 # %%
@@ -435,9 +397,8 @@ def published_of(config: DecoderConfig) -> Published:
 def settings_from(table: dict[str, Any]) -> tuple[Published, dict[str, Any]]:
     """The architecture that a config.json describes, and its settings as our [model] table.
 
-    Raises UserError that names every key which is missing or says what the family here cannot.
-    """
-    whole, table = table, table.get("text_config", table)
+    Raises UserError that names every key which is missing or says what the family here cannot."""
+    table = table | table.get("text_config", {})  # a model of several kinds: its text part, and what holds for all
     found = next((p for p in PUBLISHED if p.model_type == table.get("model_type")), None)
     if found is None:
         known = ", ".join(p.model_type for p in PUBLISHED)
@@ -450,17 +411,15 @@ def settings_from(table: dict[str, Any]) -> tuple[Published, dict[str, Any]]:
         for key, value in found.fixed.items()
         if table.get(key) not in (None, value)
     ]
-    if (method := (whole.get("quantization_config") or {}).get("quant_method", "mxfp4")) != "mxfp4":
-        problems += [f"quantization_config: {method!r} weights are not read, only 'mxfp4'; convert them to bf16 first"]
     if problems:
         raise UserError("; ".join(problems))
-    kinds = {spec.name: spec.type for spec in fields(found.config)}
-    ours = {key: table[theirs] for key, theirs in found.keys.items()}
-    ours |= {key: table[theirs] for key, theirs in OPTIONAL_KEYS.items() if theirs in table}
-    ours.setdefault("tie_embeddings", False)
-    ours |= found.settings(table)
-    ours = {key: float(value) if kinds[key] is float else value for key, value in ours.items()}
-    return found, {"family": found.config.family, **dict(found.ours), **ours}
+    specs = {spec.name: spec for spec in fields(found.config)}
+    given = found.keys | {ours: theirs for ours, theirs in OPTIONAL_KEYS.items() if theirs in table}
+    settings = {"family": found.config.family, **dict(found.ours), "tie_embeddings": False}
+    settings |= {ours: check_value(theirs, specs[ours], table[theirs]) for ours, theirs in given.items()}
+    layers = range(settings["layers"], settings["layers"] + (table.get("num_nextn_predict_layers") or 0))
+    beside = "|".join([found.beside, *(rf"^model\.layers\.{layer}\." for layer in layers)])  # predict further tokens
+    return replace(found, beside=beside), settings | found.settings(table)
 
 
 # %%
@@ -510,8 +469,7 @@ class View(NamedTuple):
 def views(config: DecoderConfig, name: str, tensor: Tensor, names: dict[str, str]) -> Iterator[View]:
     """The published tensors that our `tensor`, with the global name `name`, consists of.
 
-    `names` changes the layer's published names, where a folder has them otherwise than the family.
-    """
+    `names` changes the layer's published names, where a folder has them otherwise than the family."""
     if name in TOP:
         yield View(TOP[name], tensor, tuple(tensor.shape))
         return

@@ -7,7 +7,8 @@
 # `transformers` reads becomes a [run](69_run.py) here, and back. [The notebook before](79_published.py) says which
 # tensor is where; this one moves them, under three rules:
 #
-# - **Streamed.** A model may be far larger than the machine's memory. Tensors pass through one at a time.
+# - **Streamed.** A model may be far larger than the machine's memory. Tensors pass through one at a time: ours, which
+#   stack the experts of a layer, in fp32.
 # - **Exact.** Weights are held in fp32, and bf16 -> fp32 -> bf16 changes no bit. The run remembers what each
 #   tensor was.
 # - **All or nothing.** A folder that does not fit is refused with everything that is wrong in it, and nothing is
@@ -42,9 +43,11 @@ from pithtrain.train.checkpoint import checkpoint_path, checkpoint_steps, disk_f
 from pithtrain.train.tokenizer import END_OF_TEXT
 
 # %% [markdown]
-# ## Weights of four bits
+# ## Weights of four bits, and of eight
 #
-# GPT-OSS packs its experts as MXFP4: two values of four bits in a byte, 32 of them under one power of two.
+# GPT-OSS packs its experts as MXFP4: two values of four bits in a byte, 32 of them under one power of two. DeepSeek-V3
+# is published in FP8, values of eight bits (a sign, four bits of exponent, three of fraction) under a scale in fp32 for
+# each block of 128 rows and 128 columns; blocks at the edge are smaller.
 
 
 # %%
@@ -58,16 +61,26 @@ def unpack_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 # %%
+#| export
+def unpack_fp8(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
+    """Values (R, C) of type float8_e4m3fn under a scale for each `block` of rows and columns, to fp32."""
+    for axis, side in enumerate(block):
+        scales = scales.float().repeat_interleave(side, axis).narrow(axis, 0, values.shape[axis])
+    return values.float() * scales
+
+
+# %%
 blocks = torch.randint(256, (2, 1, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 unpacked = unpack_mxfp4(blocks, torch.tensor([[127], [130]], dtype=torch.uint8))
 print(unpacked[:, :8].tolist())
 assert torch.equal(unpacked.bfloat16().float(), unpacked)
+print(unpack_fp8(torch.tensor([[1.0, 1.0, 1.1]]).to(torch.float8_e4m3fn), torch.tensor([[0.5, 3.0]]), (2, 2)))
 
 # %% [markdown]
 # ## What a folder holds
 #
-# Only headers are read: where each tensor is, its type and shape. Packed experts are listed as what they unpack
-# to.
+# Only headers are read: where each tensor is, its type and shape. Packed tensors are listed as what they unpack to.
+# Whether a tensor is packed, its own type says: `config.json` may still tell of what has long been unpacked.
 
 
 # %%
@@ -76,19 +89,22 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class Stored(NamedTuple):
-    """A tensor of a published folder: its file, its name there, type and shape; the file of its scales if packed."""
+    """A tensor of a published folder: its file, its name there, type and shape; where it is packed, what unpacks it."""
 
     path: Path
     name: str
     dtype: str
     shape: tuple[int, ...]
-    scales: Path | None = None
+    scales: Path | None = None  #: the file of its scales
+    block: tuple[int, int] = (0, 0)  #: rows and columns under one scale of FP8
 
 
 # %%
 #| export
-def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """What the safetensors files of `folder` hold, by the text model's names. Raises UserError for broken files."""
+def stored_tensors(folder: Path, block: tuple[int, int] = (128, 128)) -> dict[str, Stored]:
+    """What the safetensors files of `folder` hold, by the text model's names; FP8 has a scale for each `block`.
+
+    Raises UserError for broken files."""
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
     try:
@@ -116,6 +132,13 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
             whole = Stored(blocks.path, blocks.name, "MXFP4", (experts, 32 * groups, rows), scales.path)
             stored[name.removesuffix("_blocks")] = whole
             del stored[name], stored[name.replace("_blocks", "_scales")]
+    for name in [name.removesuffix("_scale_inv") for name in stored if name.endswith("_scale_inv")]:
+        values, scales = stored.get(name), stored[f"{name}_scale_inv"]
+        if not values or (values.dtype, scales.dtype, len(values.shape)) != ("F8_E4M3", "F32", 2):
+            continue
+        if scales.shape == tuple(-(-size // side) for size, side in zip(values.shape, block, strict=True)):
+            stored[name] = values._replace(dtype="FP8", scales=scales.path, block=block)
+            del stored[f"{name}_scale_inv"]
     return stored
 
 
@@ -124,22 +147,21 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 def fill(parts: list[View], stored: dict[str, Stored]) -> None:
     """Copy published tensors into the views of ours that they are."""
     with ExitStack() as stack:  # files are mapped into memory: none stays open longer than for one tensor of ours
-        files: dict[Path, Any] = {}
-
-        def opened(path: Path) -> Any:
-            if path not in files:
-                files[path] = stack.enter_context(safe_open(path, "pt"))
-            return files[path]
-
+        paths = {path for part in parts for path in (stored[part.name].path, stored[part.name].scales) if path}
+        files = {path: stack.enter_context(safe_open(path, "pt")) for path in paths}
         for part in parts:
             found = stored[part.name]
-            if found.scales is None:
-                part.elements.copy_(opened(found.path).get_tensor(found.name).view(part.elements.shape))
+            file, scales = files[found.path], files.get(found.scales)
+            if found.dtype == "MXFP4":
+                blocks = file.get_slice(found.name)
+                scales = scales.get_slice(found.name.replace("_blocks", "_scales"))
+                for expert, elements in enumerate(part.elements):
+                    elements.copy_(unpack_mxfp4(blocks[expert], scales[expert]).T.reshape(elements.shape))
                 continue
-            blocks = opened(found.path).get_slice(found.name)
-            scales = opened(found.scales).get_slice(found.name.replace("_blocks", "_scales"))
-            for expert, elements in enumerate(part.elements):
-                elements.copy_(unpack_mxfp4(blocks[expert], scales[expert]).T.reshape(elements.shape))
+            values = file.get_tensor(found.name)
+            if scales:
+                values = unpack_fp8(values, scales.get_tensor(f"{found.name}_scale_inv"), found.block)
+            part.elements.copy_(values.view(part.elements.shape))
 
 
 # %% [markdown]
@@ -151,26 +173,24 @@ def fill(parts: list[View], stored: dict[str, Stored]) -> None:
 
 # %%
 #| export
-def read_config(folder: Path, run: Path) -> tuple[Published, Config]:
-    """The run's config that a published folder's settings make. Raises UserError for what is not known here."""
+def read_config(folder: Path, run: Path) -> tuple[Published, Config, dict[str, Any]]:
+    """The run's config that a published folder's settings make, and how its weights were quantised, where they were.
+
+    Raises UserError for what is not known here."""
     path = folder / "config.json"
     try:
         table = json.loads(path.read_text())
         found, settings = settings_from(table)
-        positions = table.get("text_config", table).get("max_position_embeddings", 4096)
-        tables = {
-            "run": {"name": run.name, "folder": str(run.parent)},
-            "data": {"folder": f"data/{run.name}"},
-            "model": settings,
-            "train": {"sequence_length": min(4096, positions)},
-        }
+        positions = (table | table.get("text_config", {})).get("max_position_embeddings", 4096)
+        tables = {"run": {"name": run.name, "folder": str(run.parent)}, "data": {"folder": f"data/{run.name}"},
+                  "model": settings, "train": {"sequence_length": min(4096, positions)}}  # fmt: skip
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; expected the folder of a published model") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not the settings of a model ({type(error).__name__}: {error})") from None
-    return found, config_from_tables(tables, str(path))
+    return found, config_from_tables(tables, str(path)), table.get("quantization_config") or {}
 
 
 # %%
@@ -182,7 +202,7 @@ def misfits(expected: list[View], stored: dict[str, Stored], beside: str) -> lis
         found = stored.get(part.name)
         if found is None:
             lines.append(f"{part.name}: is missing")
-        elif found.dtype not in (*DTYPES, "MXFP4"):
+        elif found.dtype not in DTYPES and found.scales is None:
             lines.append(f"{part.name}: is of type {found.dtype}, expected {', '.join(DTYPES)}")
         elif found.shape != part.shape:
             lines.append(f"{part.name}: has shape {found.shape}, expected {part.shape}")
@@ -243,22 +263,44 @@ BESIDE_WEIGHTS = ("generation_config.json", "tokenizer_config.json", "special_to
 
 # %%
 #| export
+def copy_files(source: Path, target: Path, *names: str) -> None:
+    """Copy those files of `names` that are there."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+# %%
+#| export
+def tied_copy(stored: dict[str, Stored]) -> bool:
+    """Whether a folder stores its output head and its embedding, and they are the same."""
+    tensors = []
+    for found in (stored[name] for name in ("lm_head.weight", "model.embed_tokens.weight") if name in stored):
+        with safe_open(found.path, "pt") as file:
+            tensors.append(file.get_tensor(found.name))
+    return len(tensors) == 2 and tensors[0].dtype == tensors[1].dtype and torch.equal(*tensors)
+
+
+# %%
+#| export
 def import_model(source: Path, run: Path, report: Callable[[str], None] = print) -> None:
     """Make the run folder `run`, with its step 0, of the published model in `source`.
 
-    Raises UserError, before anything is written, for a folder that is not exactly the model it says it is.
-    """
+    Raises UserError, before anything is written, for a folder that is not exactly the model it says it is."""
     if run.exists():
         raise UserError(f"{run}: exists; choose another name, or delete it")
-    found, config = read_config(source, run)
-    stored = stored_tensors(source)
+    found, config, quantised = read_config(source, run)
+    stored = stored_tensors(source, tuple(quantised.get("weight_block_size") or (128, 128)))
     with torch.device("meta"):
         shapes = build(config.model).state_dict()
-    stacked = found.names(config.model, 0)["experts.down"] == "mlp.experts.down_proj"
-    apart = stacked and "model.layers.0.mlp.experts.0.down_proj.weight" in stored
+    apart = "model.layers.0.mlp.experts.0.down_proj.weight" in stored  # of a family that mostly stacks them
     names = SPLIT_EXPERTS if apart else {}
     expected = [part for name, tensor in shapes.items() for part in views(config.model, name, tensor, names)]
+    if config.model.tie_embeddings and tied_copy(stored):
+        del stored["lm_head.weight"]
     if lines := misfits(expected, stored, found.beside):
+        if (method := quantised.get("quant_method", "fp8")) not in ("fp8", "mxfp4"):
+            lines.insert(0, f"quantization_config: {method!r} weights are not read, only 'fp8' and 'mxfp4'")
         raise UserError("\n".join([f"{source}: its tensors are not those of this {found.architecture}:", *lines]))
 
     def read(key: str) -> Tensor:
@@ -267,33 +309,26 @@ def import_model(source: Path, run: Path, report: Callable[[str], None] = print)
         fill(list(views(config.model, name, tensor, names)), stored)
         return tensor
 
-    types = {part.name: stored[part.name].dtype.replace("MXFP4", "BF16") for part in expected}
+    types = {part.name: stored[part.name].dtype if not stored[part.name].scales else "BF16" for part in expected}
     common = Counter(types.values()).most_common(1)[0][0]
     others = {name: dtype for name, dtype in types.items() if dtype != common}
     with whole_or_not(run) as partial:
         (partial / "published").mkdir()
-        for name in BESIDE_WEIGHTS:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, partial / "published" / name)
-        shutil.copyfile(source / "config.json", partial / "published" / "config.json")
-        (partial / "published" / "dtypes.json").write_text(json.dumps({"dtype": common, "others": others}, indent=1))
-        if (source / "tokenizer.json").is_file():
-            shutil.copyfile(source / "tokenizer.json", partial / "tokenizer.json")
+        copy_files(source, partial / "published", "config.json", *BESIDE_WEIGHTS)
+        written = {"dtype": common, "others": others, "experts_apart": apart}
+        (partial / "published" / "dtypes.json").write_text(json.dumps(written, indent=1))
+        copy_files(source, partial, "tokenizer.json")
         (partial / "config.toml").write_text(to_toml(config))
+        # A file for each tensor: within one, the writer would keep all of them in memory.
+        path = checkpoint_path(partial / "checkpoints", 0)
+        writer = dcp.FileSystemWriter(path, single_file_per_rank=False, sync_files=True)
+        state = {f"model.{name}": tensor for name, tensor in shapes.items()}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
-            dcp.save(
-                {f"model.{name}": tensor for name, tensor in shapes.items()},
-                # A file for each tensor: within one, the writer would keep all of them in memory.
-                storage_writer=dcp.FileSystemWriter(
-                    checkpoint_path(partial / "checkpoints", 0), single_file_per_rank=False, sync_files=True
-                ),
-                planner=OneByOne(read),
-                no_dist=True,
-            )
+            dcp.save(state, storage_writer=writer, planner=OneByOne(read), no_dist=True)
     report(f"{run}: {len(expected):,} tensors of {found.architecture}, mostly {common}")
-    if packed := sum(stored[part.name].scales is not None for part in expected):
-        report(f"{packed} expert tensors were packed as MXFP4; they are unpacked here, and export writes them as BF16")
+    for form, count in Counter(stored[part.name].dtype for part in expected if stored[part.name].scales).items():
+        report(f"{count} tensors were packed as {form}; they are unpacked here, and export writes them as BF16")
     if aside := len(stored) - len(expected):
         report(f"{aside} tensors that are no part of the text decoder were left out")
 
@@ -377,6 +412,14 @@ print({name: [entry.name for entry in shard] for name, shard in cut_shards(entri
 # Settings that PithTrain does not have (the tokens that begin and end a text, say) are those of the folder that the
 # run was imported from.
 
+
+# %%
+#| export
+def write_json(path: Path, table: dict[str, Any]) -> None:
+    """Write settings."""
+    path.write_text(json.dumps(table, indent=2) + "\n")
+
+
 # %%
 #| export
 OLD_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "quantization_config", "dtype",
@@ -385,34 +428,23 @@ OLD_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_fac
 
 # %%
 #| export
-def config_table(run: Path, config: Config, dtype: str) -> dict[str, Any]:
-    """The config.json of an export."""
-    table, path = {"max_position_embeddings": config.train.sequence_length}, run / "published" / "config.json"
-    if path.exists():
-        imported = json.loads(path.read_text())
-        imported = imported.get("text_config", imported)
-        table |= {key: value for key, value in imported.items() if key not in OLD_KEYS}
-    else:
-        table |= {"bos_token_id": None, "eos_token_id": 0}  # a tokenizer that is made here begins with end-of-text
-    return table | table_from(config.model) | {"torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
-
-
-# %%
-#| export
 def write_settings(run: Path, folder: Path, config: Config, dtype: str) -> None:
     """Everything of an exported folder but the weights."""
-    (folder / "config.json").write_text(json.dumps(config_table(run, config, dtype), indent=2) + "\n")
-    if (run / "tokenizer.json").is_file():
-        shutil.copyfile(run / "tokenizer.json", folder / "tokenizer.json")
-    if not (run / "published").is_dir():
-        length = config.train.sequence_length
-        tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "model_max_length": length}
-        tables = {"generation_config.json": {"eos_token_id": 0}, "tokenizer_config.json": tokenizer}
-        for name, table in tables.items():
-            (folder / name).write_text(json.dumps(table, indent=2) + "\n")
-    for name in BESIDE_WEIGHTS:
-        if (run / "published" / name).is_file():
-            shutil.copyfile(run / "published" / name, folder / name)
+    table, length = {"max_position_embeddings": config.train.sequence_length}, config.train.sequence_length
+    if (run / "published" / "config.json").exists():
+        imported = json.loads((run / "published" / "config.json").read_text())
+        imported = imported.get("text_config", imported)
+        table |= {key: value for key, value in imported.items() if key not in OLD_KEYS}
+    else:  # a tokenizer that is made here begins with end-of-text, which stands before and behind every text
+        table |= {"bos_token_id": 0, "eos_token_id": 0}
+        tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length, "add_bos_token": True}
+        write_json(folder / "tokenizer_config.json", tokenizer | dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT))
+    ends = {key: table[key] for key in ("bos_token_id", "eos_token_id") if table.get(key) is not None}
+    write_json(folder / "generation_config.json", ends)
+    table |= table_from(config.model) | {"torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
+    write_json(folder / "config.json", table)
+    copy_files(run, folder, "tokenizer.json")
+    copy_files(run / "published", folder, *BESIDE_WEIGHTS)
 
 
 # %%
@@ -423,8 +455,7 @@ def export_model(
     """Write the newest checkpoint of `run` as a published model to `folder`, which must not exist.
 
     dtype: F32, BF16 or F16; by default each tensor's of the import, and F32 for a run that was trained here.
-    Raises UserError, with every name, where the model has something that the published form cannot say.
-    """
+    Raises UserError, with every name, where the model has something that the published form cannot say."""
     config = load_run_config(run)
     steps = checkpoint_steps(run / "checkpoints")
     if not steps:
@@ -432,42 +463,41 @@ def export_model(
     checkpoint, recorded = checkpoint_path(run / "checkpoints", steps[-1]), run / "published" / "dtypes.json"
     types = json.loads(recorded.read_text()) if recorded.exists() else {"dtype": "F32", "others": {}}
     common, others = dtype or types["dtype"], {} if dtype else types["others"]
+    names = SPLIT_EXPERTS if types.get("experts_apart") else {}
     try:
         table_from(config.model)
     except UserError as error:
         raise UserError(f"{run}: {error}; it has no published form") from None
     with torch.device("meta"):
         shapes = build(config.model).state_dict()
-    whole = {name: list(views(config.model, name, tensor, {})) for name, tensor in shapes.items()}
+    whole = {name: list(views(config.model, name, tensor, names)) for name, tensor in shapes.items()}
 
     def read(name: str) -> Tensor:
         tensor = torch.empty(shapes[name].shape)
         read_checkpoint(checkpoint, {f"model.{name}": tensor})
         return tensor
 
-    homeless = [name for name, parts in whole.items() if not parts and read(name).any()]
-    if homeless:
-        names = [f"{name}: is not zero, and the published form has no such tensor" for name in homeless]
-        raise UserError("\n".join([f"{run}: cannot be exported:", *names]))
-    entries = [
-        Entry(part.name, others.get(part.name, common), part.shape) for parts in whole.values() for part in parts
-    ]
+    if homeless := [name for name, parts in whole.items() if not parts and read(name).any()]:
+        lines = [f"{name}: is not zero, and the published form has no such tensor" for name in homeless]
+        raise UserError("\n".join([f"{run}: cannot be exported:", *lines]))
+    parts = [part for parts in whole.values() for part in parts]
+    entries = [Entry(part.name, others.get(part.name, common), part.shape) for part in parts]
     shards = cut_shards(entries, shard_bytes)
 
-    def parts() -> Iterator[Tensor]:
+    def elements() -> Iterator[Tensor]:
         for name in (name for name, parts in whole.items() if parts):
             tensor = read(name)
-            yield from (part.elements for part in views(config.model, name, tensor, {}))
+            yield from (part.elements for part in views(config.model, name, tensor, names))
             del tensor  # before the next is read
 
-    tensors = parts()
+    tensors = elements()
     with whole_or_not(folder) as partial:
         for file, shard in shards.items():
             write_shard(partial / file, shard, tensors)
         if len(shards) > 1:
             where = {entry.name: file for file, shard in shards.items() for entry in shard}
             index = {"metadata": {"total_size": sum(entry.bytes for entry in entries)}, "weight_map": where}
-            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+            write_json(partial / "model.safetensors.index.json", index)
         write_settings(run, partial, config, common)
     architecture = published_of(config.model).architecture
     report(f"{folder}: {architecture} of step {steps[-1]}, {len(entries):,} tensors in {len(shards)} files, {common}")
@@ -532,7 +562,7 @@ assert not (here / "third").exists()
 # included, above what it had before. Models of random weights, with a published tensor for each expert (Qwen3-MoE), or
 # with experts stacked and in another order (GPT-OSS). Measured by
 #
-# ```
+# ```bash
 # .venv/bin/python tools/hub_memory.py --gib 0.5 1 2 4 --json docs/benchmarks/hub-memory.json
 # ```
 
@@ -561,6 +591,20 @@ fig
 
 # %% [markdown]
 # The peak does not grow with the model: what is held is the tensor that is read and its copy in the form that is
-# written. tests/test_hub.py asks the same of a small model.
-#
+# written. tests/test_hub.py asks the same of a small model. But mind what a tensor is: here, the experts of a layer,
+# stacked and in fp32. For the largest models that is much more than any tensor of the published folder:
+
+# %%
+from pithtrain.config import load_config
+
+for name in ("gpt-oss-20b", "qwen3-30b-a3b", "deepseek-v3"):
+    config = load_config(root / "configs" / f"{name}.toml").model
+    with torch.device("meta"):
+        tensors = build(config).state_dict()
+    name_of, largest = max(tensors.items(), key=lambda item: item[1].numel())
+    published = max(math.prod(view.shape) for n, t in tensors.items() for view in views(config, n, t, {}))
+    print(f"{name:14} {name_of:27} {4 * largest.numel() / 1e9:5.1f} GB, twice that at the peak; "
+          f"largest published, in bf16: {2 * published / 1e9:.1f} GB")  # fmt: skip
+
+# %% [markdown]
 # Next: what an imported or trained model is worth: [evaluation](81_evaluate.py).

@@ -14,40 +14,27 @@
 #| export
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from pithtrain.config import UserError
+from pithtrain.config import DataConfig, UserError
 from pithtrain.models.decoder import Decoder
 from pithtrain.train.baselines import bits_per_byte
 from pithtrain.train.batches import IGNORE, HeldOutBatches
-from pithtrain.train.generate import opening
 from pithtrain.train.run import Run, open_run
-from pithtrain.train.shards import open_shards
+from pithtrain.train.shards import open_shards, prepare
 from pithtrain.train.trainer import choose_compute
 
 # %% [markdown]
-# ## Held-out text
+# ## Where it is computed
 #
-# The mean cross-entropy per token, $\ell$, and the same figure in other dress: the *perplexity* $e^\ell$, the number of
-# equally likely tokens that would be as hard to guess; and bits per byte of text, which can be compared between
-# tokenizers. The tokens are those that [the trainer](72_trainer.py) validates on, once each.
-
-
-# %%
-#| export
-class Validation(NamedTuple):
-    """How well a model predicts held-out text."""
-
-    loss: float  #: mean cross-entropy, nats per token
-    perplexity: float
-    bits_per_byte: float
-    tokens: int  #: tokens predicted
+# On a GPU where there is one, in the precision of training. There a model as it was imported in bf16 keeps its matrices
+# so: half the memory, and the same numbers, for every product takes them in bf16.
 
 
 # %%
@@ -55,25 +42,44 @@ class Validation(NamedTuple):
 def use_accelerator(run: Run) -> Run:
     """The same run with its model where it computes fastest, in the precision of its training."""
     compute = choose_compute(replace(run.config.run, device="auto"))
+    if compute.dtype is torch.bfloat16 and run.step == 0 and run.published.get("dtype") == "BF16":
+        for matrix in (weight for weight in run.model.parameters() if weight.dim() > 1):
+            matrix.data = matrix.data.to(compute.device, torch.bfloat16)
     run.model.to(compute.device)
     run.model.place = replace(run.model.place, dtype=compute.dtype)
     return run
 
 
+# %% [markdown]
+# ## Held-out text
+#
+# The mean cross-entropy per token, $\ell$, and the same figure in other dress: the *perplexity* $e^\ell$, the number of
+# equally likely tokens that would be as hard to guess; and bits per byte of text, which can be compared between
+# tokenizers. The tokens are those that [the trainer](72_trainer.py) validates on, once each. Where there are none yet,
+# or other text is asked for, shards are made of it with the run's own tokenizer.
+
+
 # %%
 #| export
 @torch.no_grad()
-def validate(run: Run, folder: Path) -> Validation:
-    """The loss of a run on its held-out shards; `folder` is the run's. Raises UserError where those are not there."""
-    train = run.config.train
-    shards = open_shards(Path(run.config.data.folder), tokenizer=folder / "tokenizer.json")
+def validate(
+    run: Run, folder: Path, data: DataConfig | None = None, report: Callable[[str], None] = lambda line: None
+) -> dict[str, float]:
+    """How well a run predicts its held-out text, or that of `data`; `folder` is the run's.
+
+    `loss` is in nats per token, `tokens` counts those predicted. Raises UserError for text that cannot be had."""
+    train, shards = run.config.train, Path(run.config.data.folder)
+    if data is None and (shards / "manifest.json").is_file():
+        shards = open_shards(shards, tokenizer=folder / "tokenizer.json")
+    else:
+        shards = prepare(data or run.config.data, run.config.model.vocab_size, folder / "tokenizer.json", report)
     device, total, count = next(run.model.parameters()).device, 0.0, 0
     positions = torch.arange(train.sequence_length, device=device)
     for inputs, targets in HeldOutBatches(shards.held_out, train.sequence_length, train.micro_batch_size):
         loss, _ = run.model(inputs.to(device), positions, targets=targets.to(device))
         total, count = total + loss.item(), count + int((targets != IGNORE).sum())
-    bits = float(bits_per_byte(total / count, count, shards.manifest.held_out.bytes))
-    return Validation(total / count, math.exp(total / count), bits, count)
+    loss, bits = total / count, float(bits_per_byte(total / count, count, shards.manifest.held_out.bytes))
+    return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits, "tokens": count}
 
 
 # %% [markdown]
@@ -106,14 +112,11 @@ def likelihoods(
     """For each pair of tokens before (one at least) and tokens to score, the likelihood of the latter.
 
     No more than `context` tokens are read at once: the oldest before a long continuation are cut off. Raises
-    ValueError for a continuation that is empty or longer than that.
-    """
+    ValueError for a continuation that is empty or longer than that."""
     device = next(model.parameters()).device
     for before, after in requests:
         if not before or not 0 < len(after) <= context:
-            raise ValueError(
-                f"{len(before)} tokens before {len(after)}: need one at least, and at most {context} after"
-            )
+            raise ValueError(f"{len(before)} tokens before {len(after)}: need one at least, at most {context} after")
     rows = [(before + after)[-context - 1 :] for before, after in requests]
     found: list[Likelihood | None] = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda n: -len(rows[n]))  # similar lengths share a batch
@@ -126,10 +129,8 @@ def likelihoods(
         for place, n in enumerate(some):
             after = torch.tensor(requests[n][1], device=device)
             end = len(rows[n]) - 1
-            scores = [
-                score(model, *part)
-                for part in zip(hidden[place, end - len(after) : end].split(512), after.split(512), strict=True)
-            ]
+            parts = zip(hidden[place, end - len(after) : end].split(512), after.split(512), strict=True)
+            scores = [score(model, *part) for part in parts]
             found[n] = Likelihood(sum(part.log for part in scores), all(part.greedy for part in scores))
     return found
 
@@ -167,7 +168,7 @@ assert sum(one.greedy for one in found[:257]) == 1
 #
 # A file of questions is JSON lines, each with a text, some ways to go on, and the number of the right one:
 #
-# ```
+# ```json
 # {"context": "The capital of France is", "choices": [" Paris", " Rome"], "answer": 0}
 # ```
 #
@@ -220,66 +221,68 @@ def read_questions(path: Path) -> list[Question]:
 
 # %%
 #| export
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+def encode_pair(run: Run, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """Tokens before, with what opens a text, and tokens of the continuation, one at least on either side."""
-    stripped = context.rstrip()
-    whole = tokenizer.encode(context + continuation, add_special_tokens=False).ids
-    before = tokenizer.encode(stripped, add_special_tokens=False).ids
+    whole, before = run.encode(context + continuation), run.encode(context.rstrip())
     same = 0
     while same < min(len(before), len(whole) - 1) and before[same] == whole[same]:
         same += 1
-    return opening(tokenizer) + whole[:same], whole[same:]
+    return run.opened(whole[:same]), whole[same:]
 
 
 # %%
 #| export
-class Choices(NamedTuple):
-    """How often the right choice was the likeliest: in all, and per byte."""
-
-    questions: int
-    accuracy: float
-    accuracy_per_byte: float
+def count_cut(pairs: list[tuple[list[int], list[int]]], context: int) -> int:
+    """How many of `pairs` are too long for `likelihoods` to read their first tokens."""
+    return sum(len(before) + len(after) > context + 1 for before, after in pairs)
 
 
 # %%
 #| export
-def choose(run: Run, questions: list[Question], batch: int = 16) -> Choices:
-    """Score `questions`. Raises UserError for a choice that is longer than the run's context."""
-    context = run.config.train.sequence_length
-    pairs = [encode_pair(run.tokenizer, q.context, choice) for q in questions for choice in q.choices]
-    if too_long := max((len(after) for _, after in pairs if len(after) > context), default=0):
-        raise UserError(f"a choice of {too_long} tokens is longer than train.sequence_length, {context}; shorten it")
-    logs = iter([found.log for found in likelihoods(run.model, pairs, context, batch)])
-    right = [0, 0]
+def choose(run: Run, questions: list[Question], batch: int = 16) -> dict[str, float]:
+    """How often the right choice was the likeliest: in all, and per byte; `cut`: choices whose context lost its start.
+
+    Raises UserError for a choice that is longer than the model's context."""
+    pairs = [encode_pair(run, question.context, choice) for question in questions for choice in question.choices]
+    if (longest := max(len(after) for _, after in pairs)) > run.context:
+        raise UserError(f"a choice of {longest} tokens is longer than the model's context, {run.context}; shorten it")
+    logs = iter([found.log for found in likelihoods(run.model, pairs, run.context, batch)])
+    right = {"accuracy": 0, "accuracy_per_byte": 0}
     for question in questions:
         scores = [next(logs) for _ in question.choices]
         per_byte = [score / len(choice.encode()) for score, choice in zip(scores, question.choices, strict=True)]
-        for kind, values in enumerate((scores, per_byte)):
+        for kind, values in zip(right, (scores, per_byte), strict=True):
             right[kind] += values.index(max(values)) == question.answer
-    return Choices(len(questions), *(count / len(questions) for count in right))
+    shares = {kind: count / len(questions) for kind, count in right.items()}
+    return {"questions": len(questions), **shares, "cut": count_cut(pairs, run.context)}
 
 
 # %% [markdown]
 # ## Both of them
 #
-# A run that was imported has no held-out text of its own, until some is prepared for it; where questions are asked,
-# that is no reason to stop.
+# A run that was imported has no held-out text of its own. It gets some when its loss is asked for; where only questions
+# are asked, nothing is prepared.
 
 
 # %%
 #| export
-def evaluate(folder: Path, questions: Path | None = None, batch: int = 16) -> dict[str, dict[str, float]]:
-    """The held-out loss of the run in `folder` where its shards are there, and its score on a file of questions.
+def evaluate(
+    folder: Path,
+    questions: Path | None = None,
+    batch: int = 16,
+    data: DataConfig | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, dict[str, float]]:
+    """The score of the run in `folder` on a file of questions, and its held-out loss, of `data` where that is given.
 
-    Raises UserError where there is neither, or where the run or a file is broken.
-    """
+    With questions alone, the loss is told only where the run's shards are there. Raises UserError where the run or a
+    file is broken."""
     asked = read_questions(questions) if questions else []
-    run = use_accelerator(open_run(folder))
-    result = {}
-    if not asked or (Path(run.config.data.folder) / "manifest.json").is_file():
-        result["held-out text"] = validate(run, folder)._asdict()
+    run, result = use_accelerator(open_run(folder)), {}
+    if not asked or data or (Path(run.config.data.folder) / "manifest.json").is_file():
+        result["held-out text"] = validate(run, folder, data, report)
     if asked:
-        result["choices"] = choose(run, asked, batch)._asdict()
+        result["choices"] = choose(run, asked, batch)
     return result
 
 
@@ -323,7 +326,7 @@ run = open_run(config.path)
 for what, values in evaluate(config.path, here / "questions.jsonl").items():
     print(what, values)
 told = json.loads((config.path / "results.json").read_text())["nats_per_token"]["this model"]
-assert abs(validate(run, config.path).loss - told) < 1e-5
+assert abs(validate(run, config.path)["loss"] - told) < 1e-5
 
 # %% [markdown]
 # What it found of each question: the log-likelihood per byte of each end, the right one on the diagonal.
@@ -335,7 +338,7 @@ untrained = Run(config, run.tokenizer, build(config.model), 0)
 initialise(untrained.model, seed=0)
 fig, axes = plt.subplots(1, 2, figsize=(8, 2.8))
 for ax, (name, one) in zip(axes, (("untrained", untrained), ("trained", run)), strict=True):
-    pairs = [encode_pair(one.tokenizer, q.context, choice) for q in questions for choice in q.choices]
+    pairs = [encode_pair(one, q.context, choice) for q in questions for choice in q.choices]
     logs = torch.tensor([found.log for found in likelihoods(one.model, pairs, 32)]).view(3, 3)
     per_byte = logs / torch.tensor([len(choice.encode()) for choice in questions[0].choices])
     image = ax.imshow(per_byte, cmap="viridis")

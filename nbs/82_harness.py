@@ -7,9 +7,14 @@
 # scores come from it. It asks a model three things: how likely a continuation is, how likely a whole text is, and what
 # the model would write. `pip install "pithtrain[eval]"`, and then
 #
-# ```
+# ```python
+# from pathlib import Path
+#
 # import lm_eval
+#
 # from pithtrain.harness import HarnessModel
+# from pithtrain.train.run import open_run
+#
 # lm_eval.simple_evaluate(HarnessModel(open_run(Path("runs/mine"))), tasks=["hellaswag"])
 # ```
 
@@ -18,14 +23,16 @@
 
 # %%
 #| export
+import warnings
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 
-from pithtrain.evaluate import encode_pair, likelihoods, use_accelerator
-from pithtrain.train.generate import decode, opening, pick
+from pithtrain.evaluate import count_cut, encode_pair, likelihoods, use_accelerator
+from pithtrain.train.generate import decode, pick
 from pithtrain.train.run import Run
-from pithtrain.train.tokenizer import end_of_text
 
 # %%
 #| export
@@ -47,25 +54,29 @@ class HarnessModel(LM):
     def __init__(self, run: Run, batch: int = 16):
         super().__init__()
         self.run, self.batch = use_accelerator(run), batch
-        self.context = run.config.train.sequence_length
+
+    def likelihoods(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """Of tokens behind tokens. Warns where the model's context is too short for what stands before."""
+        if cut := count_cut(pairs, self.run.context):
+            warnings.warn(f"{cut} texts lose their start: longer than the context, {self.run.context}", stacklevel=3)
+        return [tuple(found) for found in likelihoods(self.run.model, pairs, self.run.context, self.batch)]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """For each request's (context, continuation): the log-likelihood in nats, and whether it is greedy."""
-        pairs = [encode_pair(self.run.tokenizer, *request.args) for request in requests]
-        return [(found.log, found.greedy) for found in likelihoods(self.run.model, pairs, self.context, self.batch)]
+        return self.likelihoods([encode_pair(self.run, *request.args) for request in requests])
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """For each request's (text,): its log-likelihood in nats."""
-        pairs, owners = [], []
+        pairs, owners, context = [], [], self.run.context
         for number, request in enumerate(requests):
-            tokens = self.run.tokenizer.encode(request.args[0], add_special_tokens=False).ids
-            for start in range(0, len(tokens), self.context):
-                before = opening(self.run.tokenizer) + tokens[:start]
-                pairs.append((before[-self.context :], tokens[start : start + self.context]))
+            before, tokens = self.run.opened([]), self.run.encode(request.args[0])
+            for start in range(0, len(tokens), context):
+                after = tokens[start : start + context]
+                pairs.append(((before + tokens[:start])[len(after) - context - 1 :], after))
                 owners.append(number)
         totals = [0.0] * len(requests)
-        for owner, found in zip(owners, likelihoods(self.run.model, pairs, self.context, self.batch), strict=True):
-            totals[owner] += found.log
+        for owner, (log, _) in zip(owners, self.likelihoods(pairs), strict=True):
+            totals[owner] += log
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -74,25 +85,20 @@ class HarnessModel(LM):
 
     def write(self, context: str, settings: dict[str, Any]) -> str:
         """What follows `context`; settings: until, max_gen_toks, do_sample, temperature, top_k."""
-        tokenizer, until = self.run.tokenizer, settings.get("until") or []
+        run, until, drawn, text = self.run, settings.get("until") or [], [], ""
         until = [until] if isinstance(until, str) else until
         temperature = settings.get("temperature", 1.0) if settings.get("do_sample") else 0.0
-        generator, end, drawn, text = torch.Generator().manual_seed(0), end_of_text(tokenizer), [], ""
-        ids = opening(tokenizer) + tokenizer.encode(context, add_special_tokens=False).ids
-        for token in decode(
-            self.run.model,
-            ids,
-            self.context,
-            lambda logits: pick(logits, temperature, settings.get("top_k", 0), generator),
-        ):
-            if token == end:
+        generator, before = torch.Generator().manual_seed(0), run.opened(run.encode(context))
+        if len(before) > run.context:
+            warnings.warn(f"a prompt loses its start: longer than the context, {run.context}", stacklevel=3)
+        draw = partial(pick, temperature=temperature, top_k=settings.get("top_k", 0), generator=generator)
+        for token in islice(decode(run.model, before, run.context, draw), settings.get("max_gen_toks", 256)):
+            if token in run.ends:
                 break
             drawn.append(token)
-            text = tokenizer.decode(drawn)
+            text = run.tokenizer.decode(drawn)
             if found := [text.index(stop) for stop in until if stop in text]:
                 return text[: min(found)]
-            if len(drawn) == settings.get("max_gen_toks", 256):
-                break
         return text
 
 
@@ -147,13 +153,13 @@ import matplotlib.pyplot as plt
 lines = tokenizer.encode("the cat sat on the mat the dog ran to the park " * 40, add_special_tokens=False).ids
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 for step in range(60):
-    rows = torch.tensor([opening(tokenizer) + lines[start : start + 16] for start in range(step, step + 64, 4)])
+    rows = torch.tensor([harness.run.opened([]) + lines[start : start + 16] for start in range(step, step + 64, 4)])
     (model(rows[:, :-1], torch.arange(16), targets=rows[:, 1:])[0] / 256).backward()
     optimizer.step()
     optimizer.zero_grad()
 
 ids = lines[:64]
-text, before = tokenizer.decode(ids), opening(tokenizer)
+text, before = tokenizer.decode(ids), harness.run.opened([])
 by_token = [-found.log for found in likelihoods(model, [(before + ids[:n], [ids[n]]) for n in range(64)], 16)]
 starts = [n // 16 * 16 for n in range(64)]
 in_pieces = [((before + ids[:start])[-1:] + ids[start:n], [ids[n]]) for n, start in enumerate(starts)]

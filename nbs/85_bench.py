@@ -21,6 +21,7 @@ import importlib.util
 import statistics
 import timeit
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -131,13 +132,6 @@ def make_problem(shape: Shape, device: torch.device) -> Problem:
 # %%
 #| export
 Block = Callable[[Tensor], Tensor]
-
-
-class Entrant(NamedTuple):
-    """An implementation of the block: its name, and how to build it for a problem."""
-
-    name: str
-    build: Callable[[Problem], Block]
 
 
 def pithtrain_block(problem: Problem, expert_ids: Tensor | None = None, exchange: Exchange = AtHome()) -> Block:
@@ -256,17 +250,17 @@ print("loads over the mean:", [f"{n:.1f}" for n in (load / load.float().mean()).
 
 # %%
 #| export
-def entrants() -> list[Entrant]:
-    """Everything that can be imported here, ours first."""
-    found = [Entrant("pithtrain", pithtrain_block), Entrant("torch", torch_block)]
+def entrants() -> dict[str, Callable[[Problem], Block]]:
+    """How to build the block for a problem, for everything that can be imported here, ours first."""
+    found = {"pithtrain": pithtrain_block, "torch": torch_block}
     if importlib.util.find_spec("transformers") is not None:
-        found.append(Entrant("transformers", transformers_block))
+        found["transformers"] = transformers_block
     return found
 
 
 # %%
-for entrant in entrants():
-    print(f"{entrant.name:14}{entrant.build(small)(small.tokens).norm():.4f}")
+for name, build in entrants().items():
+    print(f"{name:14}{build(small)(small.tokens).norm():.4f}")
 
 # %% [markdown]
 # ## The floor
@@ -313,17 +307,19 @@ def floor_products(problem: Problem) -> Callable[[], None]:
 # ## Timing
 #
 # A graphics card's clock follows the power it has just drawn, so each entrant is measured in its own steady state:
-# it runs for a third of a second before anything counts. On a GPU the clock is the GPU's own events, a fresh
-# 256 MB is written before each repetition to empty the cache, and the host runs ahead, as it does in training. The
-# median is reported. Peak memory is what one pass holds beyond weights, tokens and output gradient.
+# it runs for a third of a second before anything counts. A card also warms up and cools down over seconds (the floor
+# alone was seen to take from 15.5 to 16.5 ms for one shape), so all take turns, three times over. On a GPU the clock is
+# the GPU's own events, a fresh 256 MB is written before each repetition to empty the cache, and the host runs ahead, as
+# it does in training. The median is reported. Peak memory is what one pass holds beyond weights, tokens and output
+# gradient.
 
 
 # %%
 #| export
 def median_ms(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median milliseconds of `run`: over `repeats` on a CPU; on CUDA with a cold cache, for 30 ms times `repeats`."""
+    """Median milliseconds of `run`: over `repeats` on a CPU; on CUDA with a cold cache, for 10 ms times `repeats`."""
     if device.type == "cuda":
-        return triton.testing.do_bench(run, warmup=300, rep=30 * repeats, return_mode="median")
+        return triton.testing.do_bench(run, warmup=300, rep=10 * repeats, return_mode="median")
     run()
     return 1e3 * statistics.median(timeit.repeat(run, number=1, repeat=repeats))
 
@@ -362,26 +358,32 @@ def peak_gib(block: Block, problem: Problem) -> float | None:
 
 # %%
 #| export
-def bench_moe(shape: Shape, device: torch.device, peers: list[Entrant], repeats: int = 20) -> dict:
+def bench_moe(
+    shape: Shape, device: torch.device, peers: dict[str, Callable[[Problem], Block]], repeats: int = 20
+) -> dict:
     """Measure `peers` and the floor on `shape`, print a table, and return what was measured, ready for JSON."""
     shape, measured = shape_for(shape, device)
     problem = make_problem(shape, device)
-    tflop = 18 * shape.tokens * shape.top_k * shape.hidden * shape.expert_hidden / 1e12
-    with torch.no_grad():
-        ours = pithtrain_block(problem)(problem.tokens).double()
-    floor = median_ms(floor_products(problem), device, repeats)
-    rows = [{"name": "floor: grouped products alone", "ms": floor, "peak_gib": None, "difference": None}]
-    for peer in peers:
-        block = peer.build(problem)
-        with torch.no_grad():
-            difference = ((block(problem.tokens).double() - ours).norm() / ours.norm()).item()
-        row = {"name": peer.name, "peak_gib": peak_gib(block, problem), "difference": difference}
-        rows.append(row | {"ms": median_ms(lambda block=block: one_pass(block, problem), device, repeats)})
+    blocks = {name: build(problem) for name, build in peers.items()}
     skewed = pithtrain_block(problem, skewed_ids(shape, device))
-    ms = median_ms(lambda: one_pass(skewed, problem), device, repeats)
-    rows.append({"name": "pithtrain, hottest expert 8x mean", "ms": ms, "peak_gib": None, "difference": None})
-    for row in rows:
-        row |= {"ratio_to_floor": row["ms"] / floor, "tflops": tflop / row["ms"] * 1e3}
+    runs = {"floor: grouped products alone": floor_products(problem)}
+    for name, block in (blocks | {"pithtrain, hottest expert 8x mean": skewed}).items():
+        runs[name] = partial(one_pass, block, problem)
+    turns = [{name: median_ms(run, device, repeats) for name, run in runs.items()} for _ in range(3)]
+    with torch.no_grad():
+        outputs = {name: block(problem.tokens).double() for name, block in blocks.items()}
+        ours = pithtrain_block(problem)(problem.tokens).double()
+    tflop = 18 * shape.tokens * shape.top_k * shape.hidden * shape.expert_hidden / 1e12
+    rows = []
+    for name in runs:
+        ms = statistics.median(turn[name] for turn in turns)
+        to_floor = statistics.median(turn[name] / turn["floor: grouped products alone"] for turn in turns)
+        row = {"name": name, "ms": ms, "turns_ms": [turn[name] for turn in turns]}
+        row |= {"ratio_to_floor": to_floor, "tflops": tflop / ms * 1e3, "peak_gib": None, "difference": None}
+        if name in blocks:
+            row["peak_gib"] = peak_gib(blocks[name], problem)
+            row["difference"] = ((outputs[name] - ours).norm() / ours.norm()).item()
+        rows.append(row)
     packages = ["torch", "triton", "transformers"]
     result = {
         "what": "forward and backward of a MoE block: router, dispatch, experts, combine",

@@ -184,8 +184,7 @@ def bench_step(config: Config, rounds: int, peers: tuple[str, ...] = ("eager", "
     """Times of one training step: ours, and transformers' with each experts implementation of `peers`.
 
     Every contender takes `rounds` timed steps after two that warm up. The batch is one microbatch of random tokens.
-    The result is ready for JSON.
-    """
+    The result is ready for JSON."""
     compute = choose_compute(config.run)
     cuda = compute.device.type == "cuda"
     makers: dict[str, Callable[[], Step]] = {"pithtrain": lambda: our_step(config)}

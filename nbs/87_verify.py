@@ -26,24 +26,27 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from pithtrain.config import Config, MeshConfig, UserError
 from pithtrain.parallel.mesh import Mesh, check_axes, fit_axes, make_mesh
 from pithtrain.parallel.sharding import in_global_order
+from pithtrain.train.batches import IGNORE
 from pithtrain.train.optimizer import learning_rate
 from pithtrain.train.step import Learner, StepResult, read_microbatches
 
 # %% [markdown]
 # ## What is trained on
 #
-# Random tokens will do, as long as every mesh reads the same: a row is a function of its number.
+# Random tokens will do, as long as every mesh reads the same: a row is a function of its number. Some of its first
+# targets are hidden, in each row as many as it likes: ranks with equally many targets would not show whether a
+# mean is one over all tokens, or a mean of the ranks' means.
 
 
 # %%
 #| export
 class RandomBatches:
-    """Rows of random tokens, with the interface of `TrainBatches`; row r depends on r alone."""
+    """Rows of random tokens, some targets IGNORE, with the interface of `TrainBatches`; row r depends on r alone."""
 
     def __init__(self, vocab_size: int, sequence_length: int, batch_size: int):
         self.vocab_size, self.sequence_length, self.batch_size = vocab_size, sequence_length, batch_size
@@ -54,19 +57,18 @@ class RandomBatches:
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Inputs and targets of any rows, each (len(rows), sequence_length) int64."""
-        shape = (self.sequence_length + 1,)
-        draw = [torch.randint(self.vocab_size, shape, generator=torch.Generator().manual_seed(int(r))) for r in rows]
-        window = torch.stack(draw)
-        return window[:, :-1], window[:, 1:]
+        length, window, hidden = self.sequence_length, [], []
+        for row in rows:
+            generator = torch.Generator().manual_seed(int(row))
+            window += [torch.randint(self.vocab_size, (length + 1,), generator=generator)]
+            hidden += [torch.arange(length) < torch.randint(length // 2 + 1, (1,), generator=generator)]
+        window = torch.stack(window)
+        return window[:, :-1], window[:, 1:].masked_fill(torch.stack(hidden), IGNORE)
 
 
 # %%
 #| export
-Prepare = Callable[[Learner], None]  # may change a learner before its first step
-
-
-def nothing(learner: Learner) -> None:
-    """Leaves the learner as it is."""
+Prepare = Callable[[Learner], None] | None  # may change a learner before its first step
 
 
 # %% [markdown]
@@ -86,6 +88,7 @@ def stir(learner: Learner) -> None:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         experts = learner.config.model.experts if ".experts." in name else parameter.shape[0]
         noise = 0.2 * torch.randn((experts, *parameter.shape[1:]), generator=generator)[share.start : share.stop]
+        noise = noise.to(parameter.device)
         if isinstance(parameter, DTensor):
             noise = distribute_tensor(noise, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter += noise
@@ -102,11 +105,12 @@ class Trace(NamedTuple):
 
 # %%
 #| export
-def trace(config: Config, mesh: Mesh, steps: int, prepare: Prepare) -> Trace:
+def trace(config: Config, mesh: Mesh, steps: int, prepare: Prepare = None) -> Trace:
     """Train `steps` steps of `config` on random tokens. With pipelines, a rank has the weights of its stages."""
     learner = Learner(config, mesh)
     stir(learner)
-    prepare(learner)
+    if prepare:
+        prepare(learner)
     train = config.train
     batches = RandomBatches(config.model.vocab_size, train.sequence_length, train.batch_size)
     results = []
@@ -116,7 +120,12 @@ def trace(config: Config, mesh: Mesh, steps: int, prepare: Prepare) -> Trace:
     weights = {}
     for name, parameter in learner.named_parameters():
         whole = in_global_order(name, parameter.detach(), mesh)
-        weights[name] = (whole.full_tensor() if isinstance(whole, DTensor) else whole).cpu()
+        if isinstance(whole, DTensor):
+            for axis in reversed(range(whole.device_mesh.ndim)):  # all at once is more than torch 2.11 can do
+                placements = [*whole.placements[:axis], *[Replicate()] * (whole.device_mesh.ndim - axis)]
+                whole = whole.redistribute(placements=placements)
+            whole = whole.to_local()
+        weights[name] = whole.cpu()
     return Trace(results, weights)
 
 
@@ -145,7 +154,7 @@ def reference_config(config: Config, batch_ranks: int) -> Config:
 
 # %% [markdown]
 # A config that was written for one process need not fit a mesh. For a check of the engine it is changed as
-# little as possible.
+# little as possible. Adam makes a whole step of a gradient that is nothing but rounding, unless its eps is larger.
 
 
 # %%
@@ -158,7 +167,9 @@ def fit_config(config: Config, world_size: int) -> Config:
     size = next((s for s in range(min(train.micro_batch_size, share // needed), 0, -1) if share % s == 0), 1)
     if axes.pp > 1 and model.tie_embeddings:
         model = dataclasses.replace(model, tie_embeddings=False)
-    return dataclasses.replace(config, model=model, train=dataclasses.replace(train, micro_batch_size=size))
+    train, optimizer = dataclasses.replace(train, micro_batch_size=size), config.optimizer
+    optimizer = dataclasses.replace(optimizer, eps=max(optimizer.eps, 1e-6))
+    return dataclasses.replace(config, model=model, train=train, optimizer=optimizer)
 
 
 # %%
@@ -223,38 +234,38 @@ def run_rank(rank: int, configs: Sequence[Config], world_size: int, steps: int, 
     """One process of `verify`: every config in turn."""
     torch.set_num_threads(1)
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # it minds two gathers
-    store = dist.FileStore(f"{folder}/store", world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
     worst: list[Comparison] = []
-    for number, config in enumerate(configs):
-        mesh = make_mesh(config.mesh, rank, world_size, torch.device("cpu"))
-        found = trace(config, mesh, steps, prepare)
+    for number, config in enumerate(configs):  # each with a process group of its own, whose threads end with it
+        store = dist.FileStore(f"{folder}/store-{number}", world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
+        found = trace(config, make_mesh(config.mesh, rank, world_size, torch.device("cpu")), steps, prepare)
         wanted = torch.load(f"{folder}/reference-{number}", weights_only=False)
         every: list[Any] = [None] * world_size
         dist.all_gather_object(every, compare(found, wanted))
         worst.append(max(every, key=lambda c: nan_highest(c.largest)))
+        dist.destroy_process_group()
     if rank == 0:
         torch.save(worst, f"{folder}/result")
-    dist.destroy_process_group()
 
 
 # %%
 #| export
-def verify(configs: Sequence[Config], world_size: int, steps: int = 3, prepare: Prepare = nothing) -> list[Comparison]:
+def verify(configs: Sequence[Config], world_size: int, steps: int = 3, prepare: Prepare = None) -> list[Comparison]:
     """Compare each of `configs`, on its mesh of `world_size` CPU processes, with one process.
 
-    Raises UserError for a mesh that does not fit, before any process starts.
-    """
-    alone = Mesh(fit_axes(MeshConfig(), 1))
-    for config in configs:
-        check_axes(config, fit_axes(config.mesh, world_size))
-    references: dict[Config, Trace] = {}
+    Raises UserError for a mesh that does not fit, before anything runs."""
+    axes = [fit_axes(config.mesh, world_size) for config in configs]
+    for config, own in zip(configs, axes, strict=True):
+        check_axes(config, own)
+    wanted = [reference_config(config, own.batch_ranks) for config, own in zip(configs, axes, strict=True)]
+    alone, threads, traces = Mesh(fit_axes(MeshConfig(), 1)), torch.get_num_threads(), {}
     with tempfile.TemporaryDirectory() as folder:
-        for number, config in enumerate(configs):
-            reference = reference_config(config, fit_axes(config.mesh, world_size).batch_ranks)
-            if reference not in references:
-                references[reference] = trace(reference, alone, steps, prepare)
-            torch.save(references[reference], Path(folder) / f"reference-{number}")
+        torch.set_num_threads(1)  # as each rank has: threads that outnumber the free cores wait for one another
+        for number, reference in enumerate(wanted):
+            if reference not in traces:
+                traces[reference] = trace(reference, alone, steps, prepare)
+            torch.save(traces[reference], Path(folder) / f"reference-{number}")
+        torch.set_num_threads(threads)
         mp.get_context("forkserver").set_forkserver_preload(["pithtrain.verify"])  # torch is imported once
         arguments = (configs, world_size, steps, prepare, folder)
         mp.start_processes(run_rank, arguments, world_size, start_method="forkserver")

@@ -6,13 +6,17 @@
 # Whether a run fits is best known before a cluster is paid for. A rank's memory depends on its own shapes
 # alone: its layers, its shard of the weights, the tokens that arrive at its experts, the microbatches that
 # its schedule keeps alive. So one rank can be run with nobody to talk to. torch has a process group that
-# pretends: every collective returns at once, and what would have arrived is whatever the buffer held.
+# pretends: every collective returns at once, with this rank's own numbers in the place of its peers', and a receive
+# leaves its buffer as it was.
 #
-# Weights that were gathered from nobody are nonsense, and so would be the choice of experts. So tokens choose at
-# random, evenly: the rank then gets as many as it would from peers whose routers are balanced. Hidden states
-# that never arrive from the stage before are drawn at random too. Losses mean nothing here; sizes and times do.
+# A weight gathered in this way is one shard over and over, and the choice of experts would be as odd. So tokens choose
+# at random, evenly, and as many rows arrive at this rank's experts as it sends, for as many of them: what it would
+# get from peers whose routers are balanced. Hidden states that never arrive from the stage before are drawn at
+# random too. Losses mean nothing here; sizes and times do.
 #
 # What a rehearsal does not show is the time that communication takes, and the memory of an unbalanced router.
+# On a GPU it reports the peak of what torch allocated in it. A CPU has no such count: there it is the most memory
+# that the process ever had, interpreter and libraries included.
 
 # %%
 #| default_exp rehearse
@@ -21,15 +25,19 @@
 #| export
 import resource
 import time
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pithtrain.config import Config, UserError
 from pithtrain.layers.router import Routed
+from pithtrain.models.stages import Arrived
+from pithtrain.parallel.expert import Announced, ExpertExchange, Journey
 from pithtrain.parallel.mesh import check_axes, fit_axes, make_mesh
 from pithtrain.parallel.pipeline.engine import Engine
 from pithtrain.train.step import Learner, read_microbatches
@@ -40,7 +48,7 @@ from pithtrain.verify import RandomBatches
 # %%
 #| export
 class Rehearsal(NamedTuple):
-    """What one rank needs. Memory in bytes: on a GPU of tensors, on the CPU of the process."""
+    """What one rank needs. Memory in bytes: on a GPU of tensors, on the CPU of the process in all its life."""
 
     rank: int
     ranks: int
@@ -70,6 +78,16 @@ class EvenRouter(nn.Module):
 
 # %%
 #| export
+class Mirror(ExpertExchange):
+    """An exchange without peers: the rows that arrive are for as many experts as those that leave."""
+
+    def dispatch(self, tokens: Tensor, routed: Routed, announced: Announced) -> tuple[Arrived, Journey]:
+        arrived, journey = super().dispatch(tokens, routed, announced)
+        return arrived._replace(expert_ids=announced.plan.local_ids[: len(arrived.tokens)]), journey
+
+
+# %%
+#| export
 class Unfed(Engine):
     """An engine to which nothing is sent: hidden states and their gradients are drawn at random."""
 
@@ -83,12 +101,14 @@ class Unfed(Engine):
 def rehearse(config: Config, rank: int, ranks: int, steps: int = 3) -> Rehearsal:
     """Run `steps` steps as `rank` of `ranks` on this machine's device. This process must have no process group.
 
-    Raises UserError where the mesh does not fit.
-    """
+    Raises UserError where the mesh does not fit."""
     if rank >= ranks:
         raise UserError(f"--rank: {rank} is not one of {ranks} ranks, which are counted from 0")
     check_axes(config, fit_axes(config.mesh, ranks))
     compute = choose_compute(config.run)
+    cuda = compute.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     if ranks > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
@@ -97,32 +117,24 @@ def rehearse(config: Config, rank: int, ranks: int, steps: int = 3) -> Rehearsal
         whole = learner.engine
         learner.engine = Unfed(whole.schedule, whole.stages, whole.boundary, whole.group, whole.overlap)
         for part in learner.parts.values():
+            if mesh.ep_group:
+                part.place = replace(part.place, exchange=Mirror(mesh.ep_group))
             for layer in part.layers.values():
                 if layer.router is not None:
                     layer.router = EvenRouter(layer.router)
-        train = config.train
+        train, seconds = config.train, []
         batches = RandomBatches(config.model.vocab_size, train.sequence_length, train.batch_size)
-        seconds = []
         for step in range(steps):
             own = read_microbatches(batches, step, train.micro_batch_size, mesh)
             start = time.perf_counter()
             load = learner.step(own, config.optimizer.learning_rate).load.double()  # ends with numbers on the host
             seconds.append(time.perf_counter() - start)
-        cuda = compute.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        held = sum(state["exp_avg"].to_local().numel() if ranks > 1 else state["exp_avg"].numel()
-                   for state in learner.optimizer.state.values())  # fmt: skip
-        return Rehearsal(
-            rank,
-            ranks,
-            mesh.coordinates._asdict(),
-            torch.cuda.get_device_name() if cuda else "cpu",
-            held,
-            (load.max(dim=1).values / load.mean(dim=1)).max().item() if len(load) else None,
-            peak,
-            min(seconds),
-            train.batch_size * train.sequence_length,
-        )
+        held = [p.to_local() if isinstance(p, DTensor) else p for _, p in learner.named_parameters()]
+        imbalance = (load.max(dim=1).values / load.mean(dim=1)).max().item() if len(load) else None
+        place, device = mesh.coordinates._asdict(), torch.cuda.get_device_name() if cuda else "cpu"
+        found = (sum(p.numel() for p in held), imbalance, peak, min(seconds), train.batch_size * train.sequence_length)
+        return Rehearsal(rank, ranks, place, device, *found)
     finally:
         if ranks > 1:
             dist.destroy_process_group()
@@ -133,15 +145,11 @@ def rehearse(config: Config, rank: int, ranks: int, steps: int = 3) -> Rehearsal
 def describe_rehearsal(result: Rehearsal) -> str:
     """The rehearsal in four lines."""
     place = ", ".join(f"{axis} {number}" for axis, number in result.place.items())
-    return "\n".join(
-        [
-            f"rank {result.rank} of {result.ranks} ({place}) on {result.device}",
-            f"  parameters held  {result.parameters:,}",
-            f"  peak memory      {result.peak_bytes / 2**30:.2f} GiB",
-            f"  step             {result.step_seconds * 1e3:,.0f} ms without communication, "
-            f"{result.tokens_per_step:,} tokens in the whole job",
-        ]
-    )
+    of = "" if result.device != "cpu" else ", the whole process"
+    return f"""rank {result.rank} of {result.ranks} ({place}) on {result.device}
+  parameters held  {result.parameters:,}
+  peak memory      {result.peak_bytes / 2**30:.2f} GiB{of}
+  step             {result.step_seconds * 1e3:,.0f} ms without communication, of {result.tokens_per_step:,} tokens"""
 
 
 # %% [markdown]

@@ -16,20 +16,16 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn
 
 import pithtrain
-from pithtrain.config import (
-    MeshConfig,
-    UserError,
-    describe_settings,
-    differences,
-    load_config,
-    load_run_config,
-    parse_override,
-    section_from_table,
-)
+from pithtrain.config import MeshConfig, UserError, describe_settings, differences
+from pithtrain.config import load_config, load_run_config, parse_override, section_from_table
 from pithtrain.parallel.launch import find_launch, launch
+from pithtrain.parallel.pipeline.generate import KINDS
 
 
 # %% [markdown]
@@ -62,28 +58,8 @@ parse_overrides(["--train.steps", "500", "--run.name=wide"])
 
 # %%
 #| export
-def refuse_overrides(arguments: list[str], command: str) -> None:
-    """For commands without settings: whatever is left over is a mistake."""
-    if arguments:
-        raise UserError(f"{arguments[0]}: unexpected; pithtrain {command} --help lists the options")
-
-
-# %%
-#| export
-def check_output(path: Path | None, *endings: str) -> None:
-    """Refuse a file that could not be written, before the work that it is to hold."""
-    if path is None:
-        return
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent}; make it, or choose another place")
-    if path.suffix not in endings:
-        raise UserError(f"{path}: expected a name that ends in {' or '.join(endings)}")
-
-
-# %%
-#| export
 def save_json(result: dict, path: Path | None) -> None:
-    """Write a benchmark's result, where a file was asked for."""
+    """Write a result, where a file was asked for."""
     if path is not None:
         path.write_text(json.dumps(result, indent=2) + "\n")
 
@@ -91,63 +67,61 @@ def save_json(result: dict, path: Path | None) -> None:
 # %% [markdown]
 # ## Commands
 #
-# Each is a function that imports what it needs.
+# Each is a function that imports what it needs. Its exit code is 0 unless it says otherwise.
 
 
 # %%
 #| export
-def train_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def train_command(arguments: argparse.Namespace) -> int:
     """Train a run, or go on with it: alone, or as one rank of a job that a launcher started."""
-    launch = find_launch(os.environ)
-    if launch.world_size == 1:
-        config = load_config(arguments.config, parse_overrides(overrides))
+    launch, store = find_launch(os.environ), None
+    with ExitStack() as stack:
+        if launch.world_size > 1:
+            from pithtrain.parallel.watch import watch
+
+            store = stack.enter_context(watch(launch))
+        config = load_config(arguments.config, arguments.overrides)
         from pithtrain.train.trainer import train
 
-        trained = train(config)
-    else:
-        from pithtrain.parallel.watch import watch
-
-        with watch(launch) as store:
-            config = load_config(arguments.config, parse_overrides(overrides))
-            from pithtrain.train.trainer import train
-
-            trained = train(config, launch, store)
-    if trained.step < trained.steps:
-        if launch.rank == 0:
-            print(f"stopped and saved at step {trained.step} of {trained.steps}; the same command goes on from there")
-        return 130
-    return 0
+        step, steps = train(config, launch, store), config.train.steps
+    if step < steps and launch.rank == 0:
+        print(f"stopped and saved at step {step} of {steps}; the same command goes on from there")
+    return 130 if step < steps else 0
 
 
 # %%
 #| export
-def launch_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def launch_command(arguments: argparse.Namespace) -> int:
     """Start `pithtrain train` as several ranks on this host."""
-    config = load_config(arguments.config, parse_overrides(overrides))  # a mistake is answered once
+    config = load_config(arguments.config, arguments.overrides)  # a mistake is answered once
     from pithtrain.parallel.mesh import check_axes, fit_axes
 
     check_axes(config, fit_axes(config.mesh, arguments.nproc))
-    return launch(arguments.nproc, ["-m", "pithtrain.cli", "train", str(arguments.config), *overrides])
+    given = [f"--{key}={text}" for key, text in arguments.overrides]
+    return launch(arguments.nproc, ["-m", "pithtrain.cli", "train", str(arguments.config), *given])
 
 
 # %%
 #| export
-def parse_mesh(text: str) -> tuple[MeshConfig, int]:
-    """`dp=2,ep=2` as a mesh, and the ranks that it takes. Raises UserError for what is not a mesh."""
-    pairs = [pair.partition("=") for pair in text.split(",")]
-    mesh = section_from_table(MeshConfig, "--mesh", {key: parse_override(value) for key, _, value in pairs})
+def parse_mesh(text: str, mesh: MeshConfig) -> tuple[MeshConfig, int]:
+    """`mesh` with what `dp=2,ep=2` says, and the ranks that it takes. Raises UserError for what is not a mesh."""
+    pairs = [[word.strip() for word in pair.partition("=")] for pair in text.split(",")]
+    said = {key: parse_override(value) for key, _, value in pairs}
+    if len(said) < len(pairs) or not all(equals for _, equals, _ in pairs):
+        raise UserError(f"--mesh: {text!r} is not a list of axes and sizes, each axis once, as in dp=2,ep=2")
+    mesh = section_from_table(MeshConfig, "--mesh", vars(mesh) | said)
     ranks = mesh.pp * (mesh.dp or mesh.copies) * mesh.cp * mesh.ep
-    if mesh.dp % mesh.copies:
-        raise UserError(f"--mesh.copies: {mesh.copies} does not divide dp, {mesh.dp}")
+    if ranks == 1:
+        raise UserError(f"--mesh: {text!r} is one rank, with which others are compared; give an axis 2 or more")
     return mesh, ranks
 
 
 # %%
 #| export
-def verify_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def verify_command(arguments: argparse.Namespace) -> int:
     """Compare a mesh of CPU processes with one process; 0 where they agree."""
-    config = load_config(arguments.config, parse_overrides(overrides))
-    mesh, ranks = parse_mesh(arguments.mesh)
+    config = load_config(arguments.config, arguments.overrides)
+    mesh, ranks = parse_mesh(arguments.mesh, config.mesh)
     from pithtrain.verify import fit_config, verify
 
     config = dataclasses.replace(config, mesh=mesh)
@@ -155,7 +129,8 @@ def verify_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
     for change in differences(fitted, config):
         print(f"for this mesh: {change}")
     (found,) = verify([fitted], ranks, arguments.steps)
-    print(f"{arguments.steps} steps on {ranks} processes ({arguments.mesh}) against one, largest relative differences")
+    sizes = [f"{k}={v}" for k, v in vars(mesh).items() if v not in (0, 1) and (k != "schedule" or mesh.pp > 1)]
+    print(f"{arguments.steps} steps on {ranks} processes ({','.join(sizes)}) against one, largest relative differences")
     for what, value in (("loss", found.loss), ("balance loss", found.balance), ("gradient norm", found.grad_norm)):
         print(f"  {what:<16}{value:.1e}")
     print(f"  {'weights':<16}{found.weight:.1e}  ({found.name})")
@@ -167,102 +142,84 @@ def verify_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 # %%
 #| export
-def rehearse_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def rehearse_command(arguments: argparse.Namespace) -> None:
     """Run one rank of a mesh on this device, without its peers."""
-    check_output(arguments.json, ".json")
-    config = load_config(arguments.config, parse_overrides(overrides))
+    config = load_config(arguments.config, arguments.overrides)
+    ranks = arguments.ranks or config.mesh.pp * config.mesh.dp * config.mesh.cp * config.mesh.ep
+    if not ranks:
+        raise UserError("--ranks: not given, and mesh.dp is 0, to be inferred from it; give one of the two")
     from pithtrain.rehearse import describe_rehearsal, rehearse
 
-    result = rehearse(config, arguments.rank, arguments.ranks, arguments.steps)
+    result = rehearse(config, arguments.rank, ranks, arguments.steps)
     print(describe_rehearsal(result))
     save_json(result._asdict(), arguments.json)
-    return 0
 
 
 # %%
 #| export
-def generate_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def generate_command(arguments: argparse.Namespace) -> None:
     """Print a prompt and what the model makes of it."""
-    refuse_overrides(overrides, "generate")
     load_run_config(arguments.run)  # a mistake is answered before torch is imported
+    from pithtrain.evaluate import use_accelerator
     from pithtrain.train.generate import generate
     from pithtrain.train.run import open_run
 
-    run = open_run(arguments.run)
-    text = generate(
-        run.model,
-        run.tokenizer,
-        arguments.prompt,
-        arguments.tokens,
-        run.config.train.sequence_length,
-        arguments.temperature,
-        arguments.top_k,
-        arguments.seed,
-    )
-    print(text)
-    return 0
+    run, draw = use_accelerator(open_run(arguments.run)), (arguments.temperature, arguments.top_k, arguments.seed)
+    print(generate(run, arguments.prompt, arguments.tokens, *draw))
 
 
 # %%
 #| export
-def import_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def import_command(arguments: argparse.Namespace) -> None:
     """Make a run of a published model's folder."""
-    refuse_overrides(overrides, "import")
     from pithtrain.hub import import_model
 
     import_model(arguments.folder, arguments.run)
-    return 0
 
 
 # %%
 #| export
-def export_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def export_command(arguments: argparse.Namespace) -> None:
     """Write a run's newest checkpoint as a published model."""
-    refuse_overrides(overrides, "export")
     load_run_config(arguments.run)  # a mistake is answered before torch is imported
     from pithtrain.hub import export_model
 
     dtype = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", None: ""}[arguments.dtype]
     export_model(arguments.run, arguments.folder, dtype, int(arguments.shard_gb * 1e9))
-    return 0
 
 
 # %%
 #| export
-def evaluate_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Print a run's held-out loss, and its score on questions where a file of them is given."""
-    check_output(arguments.json, ".json")
-    refuse_overrides(overrides, "evaluate")
+def evaluate_command(arguments: argparse.Namespace) -> None:
+    """Print a run's held-out loss, on other text where --data.KEY says so, and its score on a file of questions."""
     load_run_config(arguments.run)
+    for key in (key for key, _ in arguments.overrides if not key.startswith("data.")):
+        arguments.parser.error(f"--{key}: unexpected")
+    data = load_config(arguments.run / "config.toml", arguments.overrides).data if arguments.overrides else None
     from pithtrain.evaluate import evaluate
 
-    result = evaluate(arguments.run, arguments.choices, arguments.batch)
+    result = evaluate(arguments.run, arguments.choices, arguments.batch, data, report=print)
     for what, values in result.items():
         print(f"{what}: " + ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in values.items()))
     save_json(result, arguments.json)
-    return 0
 
 
 # %%
 #| export
-def bench_step_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def bench_step_command(arguments: argparse.Namespace) -> None:
     """Time a training step beside transformers; print a table, write JSON where asked."""
-    check_output(arguments.json, ".json")
-    config = load_config(arguments.config, parse_overrides(overrides))
+    config = load_config(arguments.config, arguments.overrides)
     from pithtrain.bench_step import bench_step, describe_bench_step
 
     result = bench_step(config, arguments.rounds)
     print(describe_bench_step(result))
     save_json(result, arguments.json)
-    return 0
 
 
 # %%
 #| export
-def bench_moe_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def bench_moe_command(arguments: argparse.Namespace) -> None:
     """Time one Mixture-of-Experts block beside its floor and its peers; write JSON where asked."""
-    check_output(arguments.json, ".json")
-    refuse_overrides(overrides, "bench moe")
     import torch
 
     from pithtrain.bench import bench_moe, entrants, shape_named
@@ -270,38 +227,44 @@ def bench_moe_command(arguments: argparse.Namespace, overrides: list[str]) -> in
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = bench_moe(shape_named(arguments.shape), device, entrants(), arguments.rounds)
     save_json(result, arguments.json)
-    return 0
 
 
 # %%
 #| export
-def schedule_command(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def schedule_command(arguments: argparse.Namespace) -> None:
     """Print a pipeline schedule's bubble and peak activations, and save its picture."""
-    check_output(arguments.picture, ".png", ".svg", ".pdf")
-    refuse_overrides(overrides, "schedule")
-    from pithtrain.parallel.pipeline.describe import describe
+    from pithtrain.parallel.pipeline.describe import compare, describe
     from pithtrain.parallel.pipeline.draw import draw
     from pithtrain.parallel.pipeline.generate import generate
-    from pithtrain.parallel.pipeline.schedule import ScheduleError
+    from pithtrain.parallel.pipeline.lower import lower
+    from pithtrain.parallel.pipeline.simulate import Costs
 
-    try:
-        schedule = generate(arguments.kind, arguments.pp, arguments.microbatches, arguments.chunks)
-        print(describe(schedule))
-    except ScheduleError as error:
-        raise UserError(str(error)) from None
-    picture = arguments.picture or Path(f"{arguments.kind}-pp{arguments.pp}-m{arguments.microbatches}.png")
-    draw(schedule, path=picture)
+    kind, pp, microbatches, chunks = arguments.kind, arguments.pp, arguments.microbatches, arguments.chunks
+    costs = Costs(hidden=arguments.hidden, send=arguments.send)
+    unit = f"unit of time: the forward of 1/{pp} of the model, also taken by each half of its backward"
+    if chunks and kind != "interleaved":
+        raise UserError(f"--chunks: only interleaved has a choice, {kind} has not; leave it out")
+    if kind == "all":
+        print(compare(pp, microbatches, costs), unit, sep="\n")
+        return
+    schedule = lower(generate(kind, pp, microbatches, chunks or 2))
+    costs = costs.split(schedule.stages // pp)
+    print(describe(schedule, costs), unit, sep="\n")
+    size = f"pp{pp}-m{microbatches}" + f"-chunks{chunks or 2}" * (kind == "interleaved")
+    picture = arguments.picture or Path(f"{kind}-{size}.png")
+    draw(schedule, costs, path=picture)
     print(f"picture: {picture}")
-    return 0
 
 
 # %% [markdown]
 # ## The parser
+#
+# A number out of range and a file that could not be written are refused while the arguments are read.
 
 
 # %%
 #| export
-def ranged(kind: type, low: float) -> object:
+def ranged(kind: type, low: float) -> Callable[[str], float]:
     """An argparse type: a number of type `kind` that is at least `low`."""
 
     def parse(text: str) -> float:
@@ -316,121 +279,140 @@ def ranged(kind: type, low: float) -> object:
 
 # %%
 #| export
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; each sets `command` to its function."""
-    parser = argparse.ArgumentParser(prog="pithtrain", description=pithtrain.__doc__, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"pithtrain {pithtrain.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def output(*endings: str) -> Callable[[str], Path]:
+    """An argparse type: a file to write; one that could not be is refused before the work that it is to hold."""
 
-    train = commands.add_parser(
-        "train",
-        help="train a run, or go on with one that was interrupted",
-        usage="pithtrain train CONFIG [--SECTION.KEY VALUE ...]",
-        description="Train the run that a TOML config describes. Any setting can be overridden:\n\n"
-        + describe_settings(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    train.add_argument("config", type=Path, help="the run's TOML file, for one configs/tiny.toml")
-    train.set_defaults(command=train_command)
+    def parse(text: str) -> Path:
+        path = Path(text)
+        if not path.parent.is_dir():
+            raise UserError(f"{path}: there is no folder {path.parent}; make it, or choose another place")
+        if path.suffix not in endings:
+            raise UserError(f"{path}: expected a name that ends in {' or '.join(endings)}")
+        return path
 
-    several = commands.add_parser(
-        "launch",
-        help="train as several ranks on this host",
-        usage="pithtrain launch --nproc N CONFIG [--SECTION.KEY VALUE ...]",
-        description="Start N ranks of `pithtrain train` here. On many hosts use torchrun or srun instead.",
-        allow_abbrev=False,
-    )
+    return parse
+
+
+# %% [markdown]
+# What argparse refuses it refuses with its usage, lines of it before the mistake. Ours says what is wrong and no more.
+
+
+# %%
+#| export
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose mistakes are a UserError, with methods for what several commands take."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the arguments in one line that names the option."""
+        raise UserError(f"{message.removeprefix('argument ')}; {self.prog} --help lists the options")
+
+    def config(self) -> None:
+        """The config of a run, and with it every setting as an option."""
+        self.usage = f"{self.prog} [OPTION ...] CONFIG [--SECTION.KEY VALUE ...]"
+        self.add_argument("config", type=Path, help="the run's TOML file, for one configs/tiny.toml")
+        self.set_defaults(overrides=())
+
+    def number(self, flag: str, default: float, low: float, help: str) -> None:
+        """A number that is at least `low`, of the type of its default."""
+        self.add_argument(flag, type=ranged(type(default), low), default=default, help=f"{help} (default {default})")
+
+    def json(self) -> None:
+        """Where to write the result."""
+        self.add_argument("--json", type=output(".json"), help="write the result to this file")
+
+
+# %%
+#| export
+def make_parser() -> Parser:
+    """The parser of all commands; each sets `command` to its function and `parser` to its own parser."""
+    whole = Parser(prog="pithtrain", description=pithtrain.__doc__, allow_abbrev=False)
+    whole.add_argument("--version", action="version", version=f"pithtrain {pithtrain.__version__}")
+    commands = whole.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(group: argparse._SubParsersAction, name: str, command: Callable, help: str) -> Parser:
+        parser = group.add_parser(name, help=help, description=command.__doc__, allow_abbrev=False)
+        parser.set_defaults(command=command, parser=parser)
+        return parser
+
+    train = add(commands, "train", train_command, "train a run, or go on with one that was interrupted")
+    train.description = f"{train.description} Any setting can be overridden:\n\n{describe_settings()}"
+    train.formatter_class = argparse.RawDescriptionHelpFormatter
+    train.config()
+
+    several = add(commands, "launch", launch_command, "train as several ranks on this host")
     several.add_argument("--nproc", type=ranged(int, 1), required=True, help="number of ranks")
-    several.add_argument("config", type=Path, help="the run's TOML file; settings can be overridden as in train")
-    several.set_defaults(command=launch_command)
+    several.config()
 
-    verify = commands.add_parser(
-        "verify", help="check that a mesh of processes trains as one process does", allow_abbrev=False
-    )
-    verify.add_argument("config", type=Path, help="the run's TOML file; settings can be overridden as in train")
+    verify = add(commands, "verify", verify_command, "check that a mesh of processes trains as one process does")
+    verify.config()
     verify.add_argument("--mesh", required=True, help="sizes of the axes, for one dp=2,ep=2")
-    verify.add_argument("--steps", type=ranged(int, 1), default=3, help="optimiser steps (default %(default)s)")
-    verify.add_argument(
-        "--tolerance", type=ranged(float, 0), default=1e-5, help="largest relative difference (default %(default)s)"
-    )
-    verify.set_defaults(command=verify_command)
+    verify.number("--steps", 3, 1, "optimiser steps")
+    verify.number("--tolerance", 1e-5, 0, "largest relative difference")
 
-    rehearse = commands.add_parser(
-        "rehearse", help="run one rank of a mesh without its peers: does it fit?", allow_abbrev=False
-    )
-    rehearse.add_argument("config", type=Path, help="the run's TOML file; settings can be overridden as in train")
-    rehearse.add_argument("--ranks", type=ranged(int, 1), required=True, help="ranks of the job")
-    rehearse.add_argument("--rank", type=ranged(int, 0), default=0, help="the one to be (default %(default)s)")
-    rehearse.add_argument(
-        "--steps", type=ranged(int, 1), default=3, help="steps, the first warms up (default %(default)s)"
-    )
-    rehearse.add_argument("--json", type=Path, help="write the result to this file")
-    rehearse.set_defaults(command=rehearse_command)
+    rehearse = add(commands, "rehearse", rehearse_command, "run one rank of a mesh without its peers: does it fit?")
+    rehearse.config()
+    rehearse.add_argument("--ranks", type=ranged(int, 1), help="ranks of the job (default: pp x dp x cp x ep)")
+    rehearse.number("--rank", 0, 0, "the one to be")
+    rehearse.number("--steps", 3, 1, "steps, the first warms up")
+    rehearse.json()
 
-    generate = commands.add_parser("generate", help="text from a trained run", allow_abbrev=False)
+    generate = add(commands, "generate", generate_command, "text from a trained run")
     generate.add_argument("run", type=Path, help="the run's folder, runs/NAME")
     generate.add_argument("--prompt", default="def ", help="text to go on from (default %(default)r)")
-    generate.add_argument("--tokens", type=ranged(int, 1), default=200, help="tokens at most (default %(default)s)")
-    generate.add_argument(
-        "--temperature", type=ranged(float, 0), default=0.8, help="0 takes the likeliest (default %(default)s)"
-    )
-    generate.add_argument(
-        "--top-k", type=ranged(int, 0), default=50, help="draw from so many; 0: all (default %(default)s)"
-    )
-    generate.add_argument("--seed", type=ranged(int, 0), default=0, help="seed of the draws (default %(default)s)")
-    generate.set_defaults(command=generate_command)
+    generate.number("--tokens", 200, 1, "tokens at most")
+    generate.number("--temperature", 0.8, 0, "0 takes the likeliest")
+    generate.number("--top-k", 50, 0, "draw from so many; 0: all")
+    generate.number("--seed", 0, 0, "seed of the draws")
 
-    bring = commands.add_parser("import", help="make a run of a published model's folder", allow_abbrev=False)
+    bring = add(commands, "import", import_command, "make a run of a published model's folder")
     bring.add_argument("folder", type=Path, help="the folder: config.json, safetensors files, tokenizer.json")
     bring.add_argument("run", type=Path, help="the run's folder to make, runs/NAME")
-    bring.set_defaults(command=import_command)
 
-    export = commands.add_parser("export", help="a run's newest checkpoint as a published model", allow_abbrev=False)
+    export = add(commands, "export", export_command, "a run's newest checkpoint as a published model")
     export.add_argument("run", type=Path, help="the run's folder, runs/NAME")
     export.add_argument("folder", type=Path, help="the folder to make")
-    export.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as imported, or float32)"
-    )
-    export.add_argument(
-        "--shard-gb", type=ranged(float, 0.001), default=5.0, help="largest file, in GB (default %(default)s)"
-    )
-    export.set_defaults(command=export_command)
+    dtypes = ("float32", "bfloat16", "float16")
+    export.add_argument("--dtype", choices=dtypes, help="of the weights (default: as imported, or float32)")
+    export.number("--shard-gb", 5.0, 0.001, "largest file, in GB")
 
-    evaluate = commands.add_parser("evaluate", help="held-out loss and multiple choice", allow_abbrev=False)
+    evaluate = add(commands, "evaluate", evaluate_command, "held-out loss and multiple choice")
     evaluate.add_argument("run", type=Path, help="the run's folder, runs/NAME")
     evaluate.add_argument("--choices", type=Path, help="questions: JSON lines of context, choices and answer")
-    evaluate.add_argument(
-        "--batch", type=ranged(int, 1), default=16, help="choices scored at once (default %(default)s)"
-    )
-    evaluate.add_argument("--json", type=Path, help="write the result to this file")
-    evaluate.set_defaults(command=evaluate_command)
+    evaluate.number("--batch", 16, 1, "choices scored at once")
+    evaluate.json()
+    evaluate.usage = f"{evaluate.prog} [OPTION ...] RUN [--data.KEY VALUE ...]"
+    evaluate.set_defaults(overrides=())
 
     bench = commands.add_parser("bench", help="measure speed beside other systems", allow_abbrev=False)
     benches = bench.add_subparsers(required=True, metavar="WHAT")
-    step = benches.add_parser("step", help="a training step beside transformers", allow_abbrev=False)
-    step.add_argument("config", type=Path, help="the run's TOML file; settings can be overridden as in train")
-    step.add_argument("--rounds", type=ranged(int, 1), default=9, help="timed steps of each (default %(default)s)")
-    step.add_argument("--json", type=Path, help="write the result to this file")
-    step.set_defaults(command=bench_step_command)
-    block = benches.add_parser("moe", help="one Mixture-of-Experts block, GPU or CPU", allow_abbrev=False)
+    step = add(benches, "step", bench_step_command, "a training step beside transformers")
+    step.config()
+    step.number("--rounds", 9, 1, "timed steps of each")
+    step.json()
+    block = add(benches, "moe", bench_moe_command, "one Mixture-of-Experts block, GPU or CPU")
     block.add_argument("--shape", default="qwen3-30b-a3b", help="name of the shape (default %(default)s)")
-    block.add_argument("--rounds", type=ranged(int, 1), default=20, help="timed rounds (default %(default)s)")
-    block.add_argument("--json", type=Path, help="write the result to this file")
-    block.set_defaults(command=bench_moe_command)
+    block.number("--rounds", 20, 1, "timed rounds")
+    block.json()
 
-    schedule = commands.add_parser("schedule", help="a pipeline schedule as a table and a picture", allow_abbrev=False)
-    schedule.add_argument("--kind", default="dualpipev", help="the schedule (default %(default)s)")
-    schedule.add_argument("--pp", type=ranged(int, 1), default=4, help="pipeline ranks (default %(default)s)")
-    schedule.add_argument(
-        "--microbatches", type=ranged(int, 1), default=16, help="microbatches of a step (default %(default)s)"
-    )
-    schedule.add_argument(
-        "--chunks", type=ranged(int, 1), default=2, help="stages of a rank, interleaved only (default %(default)s)"
-    )
-    schedule.add_argument("--picture", type=Path, help="where to save the picture (default KIND-ppP-mM.png)")
-    schedule.set_defaults(command=schedule_command)
-    return parser
+    schedule = add(commands, "schedule", schedule_command, "a pipeline schedule as a table and a picture")
+    kinds = ", ".join(KINDS)
+    schedule.add_argument("--kind", default="dualpipev", help=f"{kinds}, or all, compared (default %(default)s)")
+    schedule.number("--pp", 4, 1, "pipeline ranks")
+    schedule.number("--microbatches", 16, 1, "microbatches of a step")
+    schedule.add_argument("--chunks", type=ranged(int, 1), help="stages of a rank, interleaved only (default 2)")
+    schedule.number("--hidden", 0.0, 0.0, "share of a forward that overlap hides")
+    schedule.number("--send", 0.0, 0.0, "what a transfer takes, of the forward of 1/PP of the model")
+    picture = output(".png", ".svg", ".pdf")
+    schedule.add_argument("--picture", type=picture, help="where to save the picture (default KIND-ppP-mM.png)")
+    return whole
+
+
+# %%
+for mistake in (["trian"], ["generate", "runs/tiny", "--temperature", "-1"]):
+    try:
+        make_parser().parse_args(mistake)
+    except UserError as error:
+        print(error)
 
 
 # %%
@@ -438,8 +420,12 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     try:
-        known, overrides = make_parser().parse_known_args(arguments)
-        return known.command(known, overrides)
+        known, rest = make_parser().parse_known_args(arguments)
+        if "overrides" in known:
+            known.overrides = parse_overrides(rest)
+        elif rest:
+            known.parser.error(f"{rest[0]}: unexpected")
+        return known.command(known) or 0
     except UserError as error:
         print(f"pithtrain: {error}", file=sys.stderr)
         return 2

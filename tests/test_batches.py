@@ -63,24 +63,24 @@ def test_no_step_leaves_a_gap_between_epochs():
     assert np.array_equal(rows, np.arange(140))
     straddling = batches.windows // 7
     assert {row // batches.windows for row in batches.rows(straddling)} == {0, 1}
-    together = torch.cat([batches.batch(step)[0] for step in range(20)])
+    together = torch.cat([batches.read(batches.rows(step))[0] for step in range(20)])
     assert torch.equal(together, batches.read(rows)[0])
 
 
 def test_any_step_without_those_before():
     one = TrainBatches(counting(5000), 64, 8, seed=5)
     other = TrainBatches(counting(5000), 64, 8, seed=5)
-    history = [one.batch(step) for step in range(40)]
+    history = [one.read(one.rows(step)) for step in range(40)]
     for step in (39, 3, 17):
-        assert torch.equal(other.batch(step)[0], history[step][0])
-    far = other.batch(10**12)[0]
+        assert torch.equal(other.read(other.rows(step))[0], history[step][0])
+    far = other.read(other.rows(10**12))[0]
     assert far.shape == (8, 64) and far.min() >= 0 and far.max() < 5000
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_ranks_read_disjoint_parts_of_a_step(world):
     batches = TrainBatches(counting(5000), 64, 8, seed=5)
-    whole = batches.batch(11)[1]
+    whole = batches.read(batches.rows(11))[1]
     parts = [batches.read(np.split(batches.rows(11), world)[rank])[1] for rank in range(world)]
     assert torch.equal(torch.cat(parts), whole)
     assert len(set(whole.flatten().tolist())) == whole.numel()
@@ -88,7 +88,7 @@ def test_ranks_read_disjoint_parts_of_a_step(world):
 
 def test_the_batch_size_does_not_change_the_order():
     small, large = (TrainBatches(counting(5000), 64, size, seed=5) for size in (4, 16))
-    assert torch.equal(torch.cat([small.batch(step)[0] for step in range(4)]), large.batch(0)[0])
+    assert torch.equal(torch.cat([small.read(small.rows(step))[0] for step in range(4)]), large.read(large.rows(0))[0])
 
 
 def test_epochs_and_seeds_differ_in_order_and_offset():
@@ -118,7 +118,7 @@ def test_sequence_longer_than_the_data(total):
 
 def test_the_longest_sequence_that_fits():
     batches = TrainBatches(counting(17), sequence_length=16, batch_size=3, seed=0)
-    assert batches.windows == 1 and batches.batch(0)[0].shape == (3, 16)
+    assert batches.windows == 1 and batches.read(batches.rows(0))[0].shape == (3, 16)
 
 
 @given(st.integers(2, 500), st.integers(1, 40), st.integers(1, 7), st.integers(1, 4))

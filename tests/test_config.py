@@ -48,6 +48,7 @@ def refusal(tmp_path: Path, text: str, overrides: list[tuple[str, str]] = ()) ->
         ("[optimizer]\nlearning_rate = nan", "optimizer.learning_rate: nan is out of range"),
         ("[optimizer]\nlearning_rate = inf", "optimizer.learning_rate: inf is out of range"),
         ("[model]\nnorm_eps = -1e-6", "model.norm_eps: -1e-06 is out of range"),
+        ("[model]\nfamily = [1]", "run.toml: model.family: '[1]' is no family; known: qwen3-moe, deepseek"),
         ('[run]\ndevice = "gpu"', "run.device: 'gpu' is not one of 'auto', 'cpu', 'cuda'"),
         ("[model]\ntop_k = 17", "model.top_k: 17 is more than experts, 16"),
         ("[model]\nkv_heads = 3", "model.kv_heads: 3 does not divide heads, 8"),
@@ -78,9 +79,24 @@ def test_overrides_lie_over_the_file(tmp_path):
     path.write_text("[train]\nsteps = 5\n[optimizer]\nwarmup = 1\n")
     config = load_config(path, [("train.steps", "7"), ("run.name", "wide"), ("model.renormalise", "false")])
     assert (config.train.steps, config.run.name, config.model.renormalise) == (7, "wide", False)
-    assert "expected --SECTION.KEY VALUE" in refusal(tmp_path, "", [("steps", "5")])
-    assert "no such setting" in refusal(tmp_path, "", [("train.stepz", "5")])
-    assert "expected at least 1" in refusal(tmp_path, "", [("train.steps", "-5")])
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "expected"),
+    [
+        ("steps", "5", "--steps: expected --SECTION.KEY VALUE"),
+        ("train.stepz", "5", "--train.stepz: no such setting; did you mean 'steps'?"),
+        ("trian.steps", "5", "--trian.steps: no such section; did you mean 'train'?"),
+        ("train.steps", "-5", "--train.steps: -5 is out of range, expected at least 1"),
+        ("model.family", "qwen", "--model.family: 'qwen' is no family"),
+        ("model.top_k", "17", "--model.top_k: 17 is more than experts, 16"),
+        ("model.experts", "1", "run.toml: model.top_k: 2 is more than experts, 1"),
+        ("optimizer.eps", "1e-9", "run.toml: train: expected a table of settings, got 5"),
+    ],
+)
+def test_a_mistake_is_told_where_it_was_made(tmp_path, key, text, expected):
+    file = "train = 5" if key == "optimizer.eps" else ""
+    assert refusal(tmp_path, file, [(key, text)]).startswith(expected)
 
 
 @pytest.mark.parametrize(

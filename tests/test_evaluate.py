@@ -5,6 +5,8 @@ import io
 import json
 import math
 import shutil
+import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import families
@@ -17,11 +19,21 @@ import torch
 
 from pithtrain.cli import main
 from pithtrain.config import Config, DataConfig, Qwen3MoeConfig, RunConfig, TrainConfig, UserError
-from pithtrain.evaluate import Question, choose, encode_pair, evaluate, likelihoods, read_questions, validate
+from pithtrain.evaluate import (
+    Question,
+    choose,
+    encode_pair,
+    evaluate,
+    likelihoods,
+    read_questions,
+    use_accelerator,
+    validate,
+)
 from pithtrain.harness import HarnessModel
-from pithtrain.train.generate import generate, opening
+from pithtrain.hub import export_model, import_model
+from pithtrain.train.generate import generate
 from pithtrain.train.run import Run, open_run
-from pithtrain.train.tokenizer import train_tokenizer
+from pithtrain.train.tokenizer import save_tokenizer, train_tokenizer
 from pithtrain.train.trainer import train
 
 FAMILIES = {
@@ -31,6 +43,12 @@ FAMILIES = {
     "qwen3.5-moe": test_qwen3_5_moe.BASE,
 }
 TEXTS = ["the cat sat on the mat\n", "the dog ran to the park\n", "naïve café\n"] * 100
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(request, monkeypatch):
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def alone(model, before, after, context):
@@ -113,9 +131,9 @@ def test_a_long_continuation_is_scored_in_parts():
 def test_validation_is_that_of_the_trainer(trained):
     told = json.loads((trained / "results.json").read_text())
     found = validate(open_run(trained), trained)
-    assert found.loss == pytest.approx(told["nats_per_token"]["this model"], rel=1e-6)
-    assert found.bits_per_byte == pytest.approx(told["bits_per_byte"]["this model"], rel=1e-6)
-    assert found.perplexity == pytest.approx(math.exp(found.loss))
+    assert found["loss"] == pytest.approx(told["nats_per_token"]["this model"], rel=1e-6)
+    assert found["bits_per_byte"] == pytest.approx(told["bits_per_byte"]["this model"], rel=1e-6)
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
 
 
 def test_the_command_prints_and_writes_both(trained, tmp_path, capsys):
@@ -123,7 +141,7 @@ def test_the_command_prints_and_writes_both(trained, tmp_path, capsys):
     questions.write_text('{"context": "the cat", "choices": [" sat", " xyz"], "answer": 0}\n')
     assert main(["evaluate", str(trained), "--choices", str(questions), "--json", str(tmp_path / "out.json")]) == 0
     found, said = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
-    assert found["held-out text"] == validate(open_run(trained), trained)._asdict()
+    assert found["held-out text"] == validate(open_run(trained), trained)
     assert found["choices"]["questions"] == 1 and "held-out text: loss " in said and "choices: questions 1" in said
     assert main(["evaluate", str(tmp_path)]) == 2
     assert "not a run" in capsys.readouterr().err
@@ -137,12 +155,50 @@ def test_without_shards_questions_are_still_answered(trained, tmp_path, capsys):
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"context": "the cat", "choices": [" sat", " xyz"], "answer": 0}\n')
     assert evaluate(moved, questions).keys() == {"choices"}
-    assert main(["evaluate", str(moved)]) == 2
-    assert "no token shards here" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_imported_model_gets_its_loss_on_any_text_without_training(trained, tmp_path, capsys):
+    assert main(["export", str(trained), str(tmp_path / "out")]) == 0
+    assert main(["import", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
+    config = (tmp_path / "back" / "config.toml").read_bytes()
+    data = {"corpus": trained.parent / "text", "pattern": "*.txt", "folder": tmp_path / "data", "held_out": "0.2"}
+    given = [f"--data.{key}={value}" for key, value in data.items()]
+    assert main(["evaluate", str(tmp_path / "back"), *given, "--json", str(tmp_path / "out.json")]) == 0
+    found, expected = json.loads((tmp_path / "out.json").read_text()), validate(open_run(trained), trained)
+    assert found["held-out text"] == pytest.approx(expected, rel=1e-6)
+    assert (tmp_path / "data/tokenizer.json").read_bytes() == (trained / "tokenizer.json").read_bytes()
+    assert (tmp_path / "back" / "config.toml").read_bytes() == config
+    assert main(["evaluate", str(trained), *given[:3], "--data.held_out=0.1"]) == 2  # shards of something else
+    assert "choose another data.folder" in capsys.readouterr().err
+    assert main(["evaluate", str(trained), *given, "--train.sequence_length=8"]) == 2
+    assert "--train.sequence_length: unexpected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_imported_bf16_model_keeps_its_matrices_so_and_computes_the_same(name, device, tmp_path):
+    families.make_run(replace(FAMILIES[name], vocab_size=270), tmp_path / "run")
+    save_tokenizer(train_tokenizer(TEXTS, vocab_size=270), tmp_path / "run" / "tokenizer.json")
+    export_model(tmp_path / "run", tmp_path / "out", "BF16", report=str)
+    import_model(tmp_path / "out", tmp_path / "back", report=str)
+    config, types = tmp_path / "back" / "config.toml", tmp_path / "back" / "published" / "dtypes.json"
+    config.write_text(config.read_text().replace('precision = "auto"', 'precision = "bfloat16"'))
+    half = use_accelerator(open_run(tmp_path / "back"))
+    types.write_text(types.read_text().replace("BF16", "F32"))
+    whole = use_accelerator(open_run(tmp_path / "back"))
+    for run, kind in ((half, torch.bfloat16), (whole, torch.float32)):
+        assert {(p.dim() > 1, p.dtype) for p in run.model.parameters()} == {(True, kind), (False, torch.float32)}
+    assert next(half.model.parameters()).device.type == device
+    ids, positions = families.text(half.config.model, 2, 16)[0].to(device), torch.arange(16, device=device)
+    with torch.no_grad():
+        a, b = (run.model.logits(run.model(ids, positions)[0]) for run in (half, whole))
+    assert torch.equal(a, b)
+    assert generate(half, "the cat", 12, seed=1) == generate(whole, "the cat", 12, seed=1)
 
 
 def test_a_pair_is_encoded_as_its_text_is(small_run):
-    tokenizer = small_run.tokenizer
+    tokenizer, run = small_run.tokenizer, small_run
     for context, continuation in (
         ("the cat", " sat"),
         ("the cat ", "sat"),
@@ -152,12 +208,12 @@ def test_a_pair_is_encoded_as_its_text_is(small_run):
         ("naïve", " café"),
         ("  ", "x"),
     ):
-        before, after = encode_pair(tokenizer, context, continuation)
+        before, after = encode_pair(run, context, continuation)
         whole = tokenizer.encode(context + continuation).ids
-        assert before + after == opening(tokenizer) + whole
+        assert before + after == run.opened(whole)
         assert len(after) >= (1 if whole else 0) and len(before) >= 1
-    before, after = encode_pair(tokenizer, "the cat ", "sat on")
-    assert (before, after) == encode_pair(tokenizer, "the cat", " sat on")
+    before, after = encode_pair(run, "the cat ", "sat on")
+    assert (before, after) == encode_pair(run, "the cat", " sat on")
     assert tokenizer.decode(after) == " sat on"
 
 
@@ -167,22 +223,37 @@ def test_the_likeliest_choice_counts_in_all_and_per_byte(small_run):
     found = choose(small_run, questions, batch=5)
     right = [0, 0]
     for question in questions:
-        pairs = [encode_pair(small_run.tokenizer, question.context, text) for text in texts]
+        pairs = [encode_pair(small_run, question.context, text) for text in texts]
         logs = [alone(small_run.model, *pair, 16)[0] for pair in pairs]
         for kind, values in enumerate((logs, [log / len(text) for log, text in zip(logs, texts, strict=True)])):
             right[kind] += max(range(4), key=values.__getitem__) == question.answer
-    assert (found.questions, found.accuracy, found.accuracy_per_byte) == (12, right[0] / 12, right[1] / 12)
-    assert found.accuracy == 0.25  # each question has each answer once
+    assert found == {"questions": 12, "accuracy": right[0] / 12, "accuracy_per_byte": right[1] / 12, "cut": 0}
+    assert found["accuracy"] == 0.25  # each question has each answer once
     per_byte = [Question("the cat", ["é" * 4, "e" * 4], 0)]  # four characters each, eight bytes and four
-    (one, two) = (
-        alone(small_run.model, *encode_pair(small_run.tokenizer, "the cat", t), 16)[0] for t in ("éééé", "eeee")
-    )
-    assert choose(small_run, per_byte).accuracy_per_byte == (one / 8 > two / 4)
+    (one, two) = (alone(small_run.model, *encode_pair(small_run, "the cat", t), 16)[0] for t in ("éééé", "eeee"))
+    assert choose(small_run, per_byte)["accuracy_per_byte"] == (one / 8 > two / 4)
 
 
 def test_a_choice_beyond_the_context_is_refused(small_run):
-    with pytest.raises(UserError, match=r"longer than train\.sequence_length, 16"):
+    with pytest.raises(UserError, match="longer than the model's context, 16"):
         choose(small_run, [Question("the", ["x", "y" * 60], 0)])
+
+
+def test_a_context_that_loses_its_start_is_told(small_run):
+    questions = [Question("the cat sat " * 9, ["x", "y"], 0), Question("the", ["x", "y"], 0)]
+    assert choose(small_run, questions)["cut"] == 2
+    harness = HarnessModel(small_run)
+    with pytest.warns(UserWarning, match="1 texts lose their start: longer than the context, 16"):
+        harness.loglikelihood([ask("the cat sat " * 9, "x"), ask("the", "x")])
+    with pytest.warns(UserWarning, match="a prompt loses its start"):
+        harness.write("the cat sat " * 9, {"max_gen_toks": 1})
+    long = small_run._replace(published={"max_position_embeddings": 100})
+    assert choose(long, questions)["cut"] == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pair = encode_pair(long, "the cat sat " * 9, "x")
+        (log, _), _ = HarnessModel(long).loglikelihood([ask("the cat sat " * 9, "x"), ask("the", "x")])
+    assert log == pytest.approx(alone(long.model, *pair, 100)[0], abs=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +295,7 @@ def test_the_harness_gets_likelihoods_of_continuations(small_run):
     requests = [ask("the cat", " sat on"), ask("", "the dog"), ask("the", " dog")]
     found = HarnessModel(small_run, batch=2).loglikelihood(requests)
     for request, (log, greedy) in zip(requests, found, strict=True):
-        pair = encode_pair(small_run.tokenizer, *request.args)
+        pair = encode_pair(small_run, *request.args)
         assert (log, greedy) == (pytest.approx(alone(small_run.model, *pair, 16)[0], abs=2e-4), False)
 
 
@@ -232,7 +303,7 @@ def test_the_harness_gets_the_likelihood_of_whole_texts_each_token_once(small_ru
     texts = ["the cat sat", "the dog ran to the park " * 9, "", "x" * 16, "x" * 17]
     found = HarnessModel(small_run).loglikelihood_rolling([ask(text) for text in texts])
     for text, log in zip(texts, found, strict=True):
-        ids = opening(small_run.tokenizer) + small_run.tokenizer.encode(text).ids
+        ids = small_run.opened(small_run.tokenizer.encode(text).ids)
         total = 0.0
         for start in range(1, len(ids), 16):
             after = ids[start : start + 16]
@@ -244,14 +315,14 @@ def test_the_harness_gets_the_likelihood_of_whole_texts_each_token_once(small_ru
 
 def test_the_harness_gets_what_the_model_writes(small_run):
     harness = HarnessModel(small_run)
-    greedy = generate(small_run.model, small_run.tokenizer, "the cat", 20, 16, temperature=0)
+    greedy = generate(small_run, "the cat", 20, temperature=0)
     whole = greedy.removeprefix("the cat")
     assert harness.generate_until([ask("the cat", {"max_gen_toks": 20})]) == [whole]
     stop = whole[5:7]
     cut = harness.generate_until([ask("the cat", {"max_gen_toks": 20, "until": ["\x00never", stop]})])
     assert cut == [whole[: whole.index(stop)]]
     assert harness.generate_until([ask("the cat", {"max_gen_toks": 20, "until": stop})]) == cut
-    three = generate(small_run.model, small_run.tokenizer, "the cat", 3, 16, temperature=0).removeprefix("the cat")
+    three = generate(small_run, "the cat", 3, temperature=0).removeprefix("the cat")
     assert harness.write("the cat", {"max_gen_toks": 3}) == three != whole
     drawn = harness.write("the cat", {"max_gen_toks": 20, "do_sample": True, "temperature": 2.0})
     assert drawn != whole
@@ -278,7 +349,7 @@ def test_lm_evaluation_harness_runs_a_local_task(small_run, tmp_path, monkeypatc
     tasks = [ConfigurableTask(config=shared | task) for task in (choice, rolling, written)]
     results = lm_eval.simple_evaluate(HarnessModel(small_run), tasks=tasks, bootstrap_iters=0)["results"]
     questions = [Question(row["start"], row["ends"], row["right"]) for row in rows]
-    assert results["local_choice"]["acc,none"] == pytest.approx(choose(small_run, questions).accuracy)
+    assert results["local_choice"]["acc,none"] == pytest.approx(choose(small_run, questions)["accuracy"])
     logs = HarnessModel(small_run).loglikelihood_rolling([ask(row["start"]) for row in rows])
     perplexity = math.exp(-sum(logs) / sum(len(row["start"]) for row in rows))
     assert results["local_rolling"]["byte_perplexity,none"] == pytest.approx(perplexity, rel=1e-6)

@@ -1,5 +1,6 @@
 """Decoding with caches against reading everything again, for every family, within a context and beyond it."""
 
+import json
 from dataclasses import replace
 from itertools import islice, takewhile
 
@@ -13,7 +14,9 @@ import torch
 from tokenizers import processors
 
 from pithtrain.cli import main
-from pithtrain.train.generate import decode, generate, opening, pick
+from pithtrain.config import Config, TrainConfig
+from pithtrain.train.generate import decode, generate, pick
+from pithtrain.train.run import Run, open_run
 from pithtrain.train.tokenizer import END_OF_TEXT, end_of_text, load_tokenizer, save_tokenizer, train_tokenizer
 
 FAMILIES = {
@@ -23,6 +26,11 @@ FAMILIES = {
     "gpt-oss": test_gpt_oss.BASE,
     "qwen3.5-moe": test_qwen3_5_moe.BASE,
 }
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def recompute(model, tokens, context, choose):
@@ -109,13 +117,15 @@ def test_each_token_is_read_once_while_the_context_has_room(monkeypatch):
 def test_generate_ends_at_end_of_text_and_repeats_with_its_seed():
     tokenizer = train_tokenizer(["def run(): return 1\n"] * 50, vocab_size=270)
     model = families.random_model(test_qwen3_moe.shape(vocab_size=270, tie_embeddings=False))
-    one, two, other = (generate(model, tokenizer, "def ", 20, 64, seed=seed) for seed in (0, 0, 1))
+    run = Run(Config(train=TrainConfig(sequence_length=64)), tokenizer, model, 0)
+    one, two, other = (generate(run, "def ", 20, seed=seed) for seed in (0, 0, 1))
     assert one == two != other and one.startswith("def ")
-    assert opening(tokenizer) == [tokenizer.token_to_id(END_OF_TEXT)]
+    assert run.opened([5]) == [tokenizer.token_to_id(END_OF_TEXT), 5]
     with torch.no_grad():
         model.head.weight[:] = 0
         model.norm.weight[:] = 0  # all logits are zero, so the likeliest is token 0: the end of text
-    assert generate(model, tokenizer, "def ", 20, 64, temperature=0) == "def "
+    assert generate(run, "def ", 20, temperature=0) == "def "
+    assert generate(run._replace(published={"eos_token_id": [4, 9]}), "def ", 20, temperature=0) == "def "
 
 
 @pytest.mark.parametrize("temperature, top_k", [(0.0, 0), (1.0, 1)])
@@ -129,7 +139,51 @@ def test_the_tokenizer_of_another_model_opens_and_ends_texts_its_way(tmp_path):
     text = tokenizer.to_str().replace(END_OF_TEXT, "<｜end▁of▁sentence｜>")
     (tmp_path / "tokenizer.json").write_text(text)
     theirs = load_tokenizer(tmp_path / "tokenizer.json")
+    run = Run(Config(), theirs, None, 0)
     assert end_of_text(theirs) == end_of_text(tokenizer) == 0
-    assert opening(theirs) == [0]
+    assert run.opened([5]) == [0, 5] and run.opened([]) == [0]
+    run = run._replace(published={"vocab_size": 270, "bos_token": "d"})
+    assert run.opened([5]) == [5] and run.opened([]) == [0]  # nothing stands before a text, but something must be read
+    d = theirs.token_to_id("d")
+    for bos in ("d", {"content": "d"}):
+        run = run._replace(published={"add_bos_token": True, "bos_token": bos})
+        assert run.opened([5]) == [d, 5] and run.opened([]) == [d]
     theirs.post_processor = processors.TemplateProcessing(single="d $A", special_tokens=[("d", 7)])
-    assert opening(theirs) == [7]
+    assert run.opened([5]) == [7, 5]
+
+
+def test_an_imported_model_ends_where_transformers_does_and_knows_its_positions(tmp_path, capsys):
+    hf = pytest.importorskip("transformers")
+    tokenizer = train_tokenizer(["def run(): return 1\n"] * 50, vocab_size=270)
+    families.make_run(replace(test_qwen3_moe.SHAPES["untied"][0], vocab_size=270), tmp_path / "run")
+    save_tokenizer(tokenizer, tmp_path / "run/tokenizer.json")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    ids = tokenizer.encode("def run").ids
+    theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+    def continued(**ends):
+        given = torch.tensor([[0, *ids]])
+        fixed = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(given)}
+        whole = theirs.generate(given, **fixed, **ends)
+        return whole[0, 1 + len(ids) :].tolist()
+
+    free = continued(eos_token_id=None)
+    stop = free[9]  # an ordinary token, which the published settings call an end
+    for name, ends in (("generation_config.json", [stop, 0]), ("config.json", stop)):
+        table = json.loads((tmp_path / "out" / name).read_text())
+        (tmp_path / "out" / name).write_text(json.dumps(table | {"eos_token_id": ends, "max_position_embeddings": 40}))
+        expected = continued(eos_token_id=ends)
+        assert expected == free[: free.index(stop) + 1] and len(expected) < 30
+        assert main(["import", str(tmp_path / "out"), str(tmp_path / name)]) == 0
+        capsys.readouterr()
+        command = ["generate", str(tmp_path / name), "--tokens", "30", "--temperature", "0", "--prompt"]
+        assert main([*command, "def run"]) == 0
+        assert capsys.readouterr().out == tokenizer.decode(ids + expected[:-1]) + "\n"
+        (tmp_path / "out" / "generation_config.json").unlink(missing_ok=True)  # the second time config.json says it
+    run = open_run(tmp_path / "config.json")
+    assert run.context == 40
+    (tmp_path / "config.json" / "published" / "config.json").write_text('{"max_position_embeddings": 300}')
+    prompt = "run" * 200
+    assert 256 < len(tokenizer.encode(prompt).ids) + 1 < 700
+    assert main([*command[:1], str(tmp_path / "config.json"), *command[2:], prompt]) == 2
+    assert "and the model knows 300 positions" in capsys.readouterr().err

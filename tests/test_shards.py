@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pithtrain.config import UserError
+from pithtrain.config import DataConfig, UserError
 from pithtrain.train import shards as module
 from pithtrain.train.corpus import find_corpus
-from pithtrain.train.shards import Tokens, open_shards, prepare, write_shards
+from pithtrain.train.shards import Tokens, open_shards, prepare
 from pithtrain.train.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
 
 VOCAB = 300
@@ -36,8 +36,8 @@ def corpus(tmp_path) -> Path:
     return folder
 
 
-def make(folder: Path, corpus: Path, vocab_size: int = VOCAB, held_out: float = 0.2, pattern: str = "*.txt"):
-    return prepare(folder, corpus, pattern, vocab_size, held_out)
+def make(folder: Path, corpus: Path, vocab_size: int = VOCAB, held_out: float = 0.2, pattern: str = "*.txt", **more):
+    return prepare(DataConfig(str(corpus), pattern, str(folder), held_out), vocab_size, **more)
 
 
 def refused(call, *arguments, **named) -> str:
@@ -69,12 +69,10 @@ def test_the_text_comes_back_and_the_counts_are_true(tmp_path, corpus):
     assert shards.manifest.fingerprint == found.fingerprint
 
 
-def test_many_shards_are_one_row(tmp_path, corpus):
-    found = find_corpus(corpus, "*.txt", 0.2)
-    one, many = tmp_path / "one", tmp_path / "many"
-    write_shards(one, found, VOCAB, 0.2)
-    write_shards(many, found, VOCAB, 0.2, shard_tokens=1000)
-    one, many = open_shards(one), open_shards(many)
+def test_many_shards_are_one_row(tmp_path, corpus, monkeypatch):
+    one = make(tmp_path / "one", corpus)
+    monkeypatch.setattr(module, "SHARD_TOKENS", 1000)
+    many = make(tmp_path / "many", corpus)
     assert len(one.train.shards) == 1 and len(many.train.shards) > 3
     assert [len(shard) for shard in many.train.shards[:-1]] == [1000] * (len(many.train.shards) - 1)
     assert len(one.train) == len(many.train)
@@ -82,12 +80,10 @@ def test_many_shards_are_one_row(tmp_path, corpus):
     assert (one.train.take(everything) == many.train.take(everything)).all()
 
 
-def test_the_last_shard_may_be_exactly_full(tmp_path, corpus):
-    found = find_corpus(corpus, "*.txt", 0.2)
-    write_shards(tmp_path / "one", found, VOCAB, 0.2)
-    total = len(open_shards(tmp_path / "one").train)
-    write_shards(tmp_path / "full", found, VOCAB, 0.2, shard_tokens=total)
-    assert [len(shard) for shard in open_shards(tmp_path / "full").train.shards] == [total]
+def test_the_last_shard_may_be_exactly_full(tmp_path, corpus, monkeypatch):
+    total = len(make(tmp_path / "one", corpus).train)
+    monkeypatch.setattr(module, "SHARD_TOKENS", total)
+    assert [len(shard) for shard in make(tmp_path / "full", corpus).train.shards] == [total]
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.data())
@@ -123,7 +119,7 @@ def test_what_is_prepared_is_used_again(tmp_path, corpus):
     make(tmp_path / "data", corpus)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "data").iterdir()}
     lines = []
-    prepare(tmp_path / "data", corpus, "*.txt", VOCAB, 0.2, report=lines.append)
+    make(tmp_path / "data", corpus, report=lines.append)
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "data").iterdir()}
     assert lines == []
 
@@ -191,7 +187,6 @@ def test_corrupted_shard(tmp_path, corpus):
     path.write_bytes(data)
     message = refused(make, tmp_path / "data", corpus)
     assert str(path) in message and "damaged" in message
-    open_shards(tmp_path / "data", verify=False)
 
 
 @pytest.mark.parametrize("change", [-1, -2, 2])
@@ -200,9 +195,8 @@ def test_truncated_or_grown_shard(tmp_path, corpus, change):
     path = tmp_path / "data" / "train-00000.bin"
     size = path.stat().st_size
     path.write_bytes((path.read_bytes() + b"xx")[: size + change])
-    for verify in (True, False):
-        message = refused(open_shards, tmp_path / "data", verify=verify)
-        assert str(path) in message and f"{size + change} bytes, the manifest says {size}" in message
+    message = refused(open_shards, tmp_path / "data")
+    assert str(path) in message and f"{size + change} bytes, the manifest says {size}" in message
 
 
 def test_missing_shard(tmp_path, corpus):
@@ -313,10 +307,10 @@ def test_a_disk_that_is_really_full(tmp_path, corpus):
     if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True).returncode:
         pytest.skip("cannot mount a small file system here")
     program = (
-        "import os, sys; from pathlib import Path; from pithtrain.config import UserError\n"
+        "import os, sys; from pithtrain.config import DataConfig, UserError\n"
         "from pithtrain.train.shards import prepare\n"
         "try:\n"
-        f"    prepare(Path({str(disk)!r}) / 'data', Path({str(corpus)!r}), '*.txt', 300, 0.2)\n"
+        f"    prepare(DataConfig({str(corpus)!r}, '*.txt', {str(disk / 'data')!r}, 0.2), 300)\n"
         "except UserError as error:\n"
         f"    print(error); print(os.listdir({str(disk)!r}))\n"
     )
@@ -331,13 +325,13 @@ def test_a_disk_that_is_really_full(tmp_path, corpus):
 def test_a_kill_leaves_no_folder_and_the_next_attempt_succeeds(tmp_path, corpus):
     """Killed while writing: the hidden folder may stay, the real one is absent, and then all is well."""
     program = (
-        "import os, signal, sys; from pathlib import Path; from pithtrain.train import shards\n"
+        "import os, signal; from pithtrain.config import DataConfig; from pithtrain.train import shards\n"
         "write = shards._write_shard\n"
         "def killed(path, ids):\n"
         "    write(path, ids)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "shards._write_shard = killed\n"
-        f"shards.prepare(Path({str(tmp_path / 'data')!r}), Path({str(corpus)!r}), '*.txt', 300, 0.2)\n"
+        f"shards.prepare(DataConfig({str(corpus)!r}, '*.txt', {str(tmp_path / 'data')!r}, 0.2), 300)\n"
     )
     done = subprocess.run([sys.executable, "-c", program])
     assert done.returncode == -signal.SIGKILL
@@ -349,7 +343,7 @@ def test_a_kill_leaves_no_folder_and_the_next_attempt_succeeds(tmp_path, corpus)
 def _prepare_and_count(folder, corpus, start, results):
     lines = []
     start.wait()
-    shards = prepare(folder, corpus, "*.txt", VOCAB, 0.2, report=lines.append)
+    shards = make(folder, corpus, report=lines.append)
     results.put((len(lines), len(shards.train)))
 
 

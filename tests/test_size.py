@@ -6,7 +6,7 @@ from ate_bench.size import code_lines, measure
 
 
 def test_the_package_keeps_its_promise():
-    """Lines of code: blank lines, comments, docstrings and the exporter's marks are not counted."""
+    """Lines of code: blank lines, comments and docstrings are not counted."""
     size = measure(Path(__file__).parent.parent / "pithtrain")
     print(size)  # seen with pytest -rP
     assert size.code < 8000

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,16 @@ def test_a_skill_has_its_parts_and_names_what_exists(path: Path):
     for named in re.findall(r"(?<![\w/~])(?:nbs|tests|configs|tools|\.agents)/[\w./-]+\.\w+", text):
         if not re.search(r"NAME|NN_|MODULE|1X_|35x_", named):
             assert (REPOSITORY / named).exists(), named
+
+
+@pytest.mark.timeout(400)
+def test_the_command_that_says_pass_does(tmp_path: Path):
+    """The cheap one; others are run by the tests of what they name, or train on several processes."""
+    text = (REPOSITORY / ".agents" / "skills" / "plan-memory" / "SKILL.md").read_text()
+    command = re.search(r"```\n(.+?)```", text.split("## PASS or FAIL")[1], re.DOTALL)[1]
+    command = command.replace(".venv/bin", str(Path(sys.executable).parent)).replace("/tmp/", f"{tmp_path}/")
+    done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout.strip().splitlines()[-1].startswith("PASS"), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("path", SKILLS, ids=lambda path: path.parent.name)

@@ -78,7 +78,7 @@ def test_vocabulary_too_small_for_bytes():
 
 
 def test_vocabulary_larger_than_the_text_can_fill():
-    with pytest.raises(UserError, match=r"model.vocab_size = 5000: the training text only fills \d+: lower it"):
+    with pytest.raises(UserError, match=r"model.vocab_size = 5000: the text only fills \d+: lower it"):
         train_tokenizer(["abc abc abd"], 5000)
 
 

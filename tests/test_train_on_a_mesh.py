@@ -154,7 +154,9 @@ def test_mistakes_are_answered_once_and_early(start):
         (("--mesh.ep", "3"), "mesh.ep: 3 does not divide 2"),
         (("--train.micro_batch_size", "8"), "train.micro_batch_size: 8 sequences on each of 2 ranks"),
         (("--train.step", "8"), "did you mean 'steps'?"),
+        (("--mesh.pp", "2", "--train.micro_batch_size", "4"), "mesh.pp: dualpipev on 2 ranks needs"),
     ):
-        job, _ = start("refused", ["launch", "--nproc", "2"], *settings)
+        job, folder = start("refused", ["launch", "--nproc", "2"], *settings)
         code, _, errors = finish(job)
         assert code == 2 and errors.count(said) == 1 and len(errors.splitlines()) == 1, errors
+        assert not folder.exists()

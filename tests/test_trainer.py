@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from pithtrain import cli
+from pithtrain.config import UserError
 from pithtrain.train import trainer
 
 TINY = """
@@ -300,6 +301,18 @@ def test_a_logger_that_is_not_installed_is_refused(command, tmp_path, capsys, mo
 
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     assert f"the package {package} is not installed" in refused(capsys, command(f"--log.{package}", "true"))
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "data").exists()
+
+
+def test_what_the_first_step_is_made_of_is_refused_without_a_run_left_behind(command, tmp_path, capsys, monkeypatch):
+    def refuse(*given):
+        raise UserError("no such thing")
+
+    for name in ("process_group", "make_mesh", "Learner", "HeldOutBatches"):
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, name, refuse)
+            assert "no such thing" in refused(capsys, command())
+        assert not (tmp_path / "runs").exists()
 
 
 def test_tensorboard_gets_the_numbers(command, tmp_path):
@@ -339,9 +352,22 @@ def test_generate(command, tmp_path, capsys):
     assert outputs[0] == outputs[1] != outputs[2] and outputs[0].startswith("def f")
     assert "not a run" in refused(capsys, ["generate", str(tmp_path)])
     assert "unexpected" in refused(capsys, ["generate", run, "--train.steps", "3"])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["generate", run, "--temperature", "-1"])
-    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian", "configs/tiny.toml"], "COMMAND: invalid choice: 'trian'"),
+        (["train"], "the following arguments are required: config; pithtrain train --help"),
+        (["generate", "run", "--temperature", "-1"], "--temperature: -1 is out of range, expected at least 0"),
+        (["generate", "run", "--tokens", "x"], "--tokens: invalid int value: 'x'; pithtrain generate --help"),
+        (["bench", "moe", "extra"], "extra: unexpected; pithtrain bench moe --help"),
+    ],
+)
+def test_what_argparse_refuses_is_one_line_that_names_the_option(capsys, arguments, expected):
+    assert cli.main(arguments) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"pithtrain: {expected}") and message.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments", [["schedule", "--picture"], ["bench", "moe", "--json"]])

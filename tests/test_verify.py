@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from pithtrain import cli
+from pithtrain import config as settings
 from pithtrain.config import (
     BalanceConfig,
     Config,
@@ -22,11 +23,14 @@ from pithtrain.config import (
     UserError,
 )
 from pithtrain.parallel.mesh import Mesh, fit_axes
-from pithtrain.parallel.pipeline.generate import KINDS
+from pithtrain.parallel.pipeline.generate import KINDS, generate
+from pithtrain.parallel.pipeline.lower import lower
 from pithtrain.parallel.pipeline.overlap import overlapped
 from pithtrain.parallel.pipeline.schedule import Op
 from pithtrain.train.step import Learner, read_microbatches
-from pithtrain.verify import RandomBatches, Trace, compare, nothing, reference_config, trace, verify
+from pithtrain.verify import RandomBatches, Trace, compare, reference_config, trace, verify
+
+pytestmark = pytest.mark.timeout(1500)  # a matrix takes minutes on two busy cores
 
 TOLERANCE = 1e-5
 SIZES = {
@@ -73,7 +77,7 @@ def run(model, mesh, **changes):
     )
 
 
-def check(configs, world_size, prepare=nothing, names=()):
+def check(configs, world_size, prepare=None):
     found = verify(configs, world_size, prepare=prepare)
     for config, c in zip(configs, found, strict=True):
         mesh = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(config.mesh).items() if v not in (0, 1))
@@ -81,6 +85,10 @@ def check(configs, world_size, prepare=nothing, names=()):
     for config, c in zip(configs, found, strict=True):
         assert c.largest < TOLERANCE and c.load == 0, (config.model.family, config.mesh, c)
     return found
+
+
+def test_no_family_is_left_out():
+    assert {type(model) for model in FAMILIES.values()} == set(settings.FAMILIES)
 
 
 @pytest.mark.parametrize("world_size", MESHES)
@@ -97,16 +105,39 @@ def test_pipelines_beside_the_other_axes():
 
 
 def to_first_experts(learner):
-    """All tokens choose experts 0, 1 and 2: other ranks receive nothing."""
+    """All tokens choose experts 0, 1 and 2, in each of the steps: ranks of the upper half receive nothing."""
     for part in learner.parts.values():
         for layer in part.layers.values():
-            layer.router.bias[:3] = 100.0
+            if layer.router is not None:
+                layer.router.bias[:3] = 100.0
+
+    def step(*given, plain=learner.step):
+        result = plain(*given)
+        assert (result.load[:, :3] > 0).all() and not result.load[:, 3:].any()
+        return result
+
+    learner.step = step
 
 
-def test_a_rank_that_receives_nothing():
-    model = FAMILIES["qwen3-moe"]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rank_that_receives_nothing(family):
+    model = FAMILIES[family]
     configs = [run(model, {"ep": 4}), run(model, {"dp": 2, "ep": 2}), run(model, {"pp": 2, "ep": 2})]
     check(configs, 4, to_first_experts)
+
+
+def in_documents(learner):
+    """Both rows of a microbatch hold several documents, which begin and end within the pieces of two ranks."""
+    documents = torch.tensor([0, 5, 21, 32, 41, 43, 64], dtype=torch.int32)
+    for part in learner.parts.values():
+        part.begin = lambda x, positions, _, begin=part.begin: begin(x, positions, documents)
+
+
+def test_packed_documents_in_pieces():
+    configs = [run(model, {"cp": 2}, train={"micro_batch_size": 2}) for model in FAMILIES.values()]
+    check(configs, 2, in_documents)
+    for config in configs:
+        assert compare(one_rank(config, in_documents), one_rank(config)).largest > 1e-3  # documents do something
 
 
 def test_more_experts_a_token_than_ranks_and_all_of_them():
@@ -142,15 +173,35 @@ def test_overlap_beside_expert_parallelism_and_recomputation():
     check(configs, 4, overlaps)
 
 
-def test_every_schedule_with_expert_and_data_parallelism():
+def test_every_schedule_with_other_axes_and_recomputation():
+    """Each kind with and without recomputation, and with each of both beside expert or beside data parallelism."""
+    model, configs = FAMILIES["qwen3-moe"], []
+    for (i, kind), (j, what) in product(enumerate(KINDS), enumerate(("none", "layer"))):
+        mesh = {"pp": 2, "schedule": kind, ("ep", "dp")[(i + j) % 2]: 2}
+        configs.append(run(model, mesh, train={"recompute": what}))
+    check(configs, 4)
+
+
+def test_every_schedule_on_four_ranks():
+    longer = dataclasses.replace(FAMILIES["qwen3-moe"], layers=8)
+    check([run(longer, {"pp": 4, "schedule": kind}) for kind in KINDS], 4)
+
+
+def one_stage_at_a_time(learner):
+    """No two stages of a rank are gathered at once: they come and go within the step."""
+    if learner.mesh.axes.pp > 1:
+        passes = generate(learner.config.mesh.schedule, 2, learner.schedule.microbatches)
+        learner.engine.schedule = lower(passes, resident=1)
+        assert [action.op for action in learner.engine.schedule.ranks[0]].count(Op.RESHARD) > 4
+
+
+def test_weights_that_come_and_go_within_a_step():
     model = FAMILIES["qwen3-moe"]
-    kinds = [{"pp": 2, "schedule": kind} for kind in KINDS]
-    configs = [run(model, {**mesh, "ep": 2}) for mesh in kinds]
-    check(configs + [run(model, {**mesh, "dp": 2}, train={"recompute": "layer"}) for mesh in kinds], 4)
+    check([run(model, {"pp": 2, "dp": 2, "schedule": kind}) for kind in ("interleaved", "zbv")], 4, one_stage_at_a_time)
 
 
-def one_rank(config, prepare=nothing):
-    return trace(reference_config(config, 2), Mesh(fit_axes(MeshConfig(), 1)), 3, prepare)
+def one_rank(config, prepare=None):
+    return trace(reference_config(config, 1), Mesh(fit_axes(MeshConfig(), 1)), 3, prepare)
 
 
 def test_a_comparison_sees_a_small_fault():
@@ -184,9 +235,23 @@ def test_a_missing_sum_over_ranks_is_found():
     assert found.largest > TOLERANCE
 
 
+def local_means(learner):
+    """Each rank takes the mean over its own targets, and the ranks' means are meaned."""
+    if group := learner.mesh.token_group:
+        learner.mesh = dataclasses.replace(learner.mesh, token_group=None)
+        for objective in learner.objectives.values():
+            objective.begin = lambda own, m, begin=objective.begin: begin(own * group.size(), m)
+
+
+@pytest.mark.parametrize("axis", ["dp", "cp", "ep"])
+def test_a_mean_of_local_means_is_found(axis):
+    (found,) = verify([run(FAMILIES["qwen3-moe"], {axis: 2})], 2, prepare=local_means)
+    assert found.loss > 1e-4 and found.grad_norm > 1e-3
+
+
 def test_the_step_is_that_of_a_plain_loop():
     """One process itself, against a loop that knows nothing of engines: torch's loss, clipping and AdamW."""
-    from pithtrain.layers.balance import expert_load, switch_loss
+    from pithtrain.layers.balance import sequence_load, switch_loss
 
     config = run(FAMILIES["qwen3-moe"], {}, balance=BalanceConfig(global_batch=0.05), train={"micro_batch_size": 8})
     mesh = Mesh(fit_axes(MeshConfig(), 1))
@@ -206,14 +271,14 @@ def test_the_step_is_that_of_a_plain_loop():
         optimizer.zero_grad()
         hidden, routing = plain(batch.inputs, batch.positions)
         loss = torch.nn.functional.cross_entropy(plain.logits(hidden).flatten(0, 1), batch.targets.flatten())
-        balance = sum(0.05 * switch_loss(r.probs, expert_load(r.expert_ids, 8)) for r in routing)
+        balance = sum(0.05 * switch_loss(r.probs, sequence_load(r.expert_ids, 1, 8)[0]) for r in routing)
         (loss + balance).backward()
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         optimizer.step()
         assert result.loss == pytest.approx(loss.item(), rel=1e-5)
         assert result.balance == pytest.approx(balance.item(), rel=1e-5)
         assert result.grad_norm == pytest.approx(norm.item(), rel=1e-4)
-        assert torch.equal(result.load, torch.stack([expert_load(r.expert_ids, 8) for r in routing]))
+        assert torch.equal(result.load, torch.stack([sequence_load(r.expert_ids, 1, 8)[0] for r in routing]))
     for (name, ours), theirs in zip(learner.named_parameters(), plain.parameters(), strict=True):
         assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-5, name
 
@@ -234,8 +299,16 @@ def test_what_cannot_be_verified_is_refused():
     both = run(FAMILIES["qwen3-moe"], {"dp": 2}, balance=BalanceConfig(global_batch=0.1, micro_batch=0.1))
     with pytest.raises(UserError, match=r"balance\.micro_batch"):
         verify([both], 2)
-    with pytest.raises(UserError, match=r"mesh\.ep: 3 does not divide 2"):
-        verify([run(FAMILIES["qwen3-moe"], {"ep": 3})], 2)
+    for family, mesh, ranks, said in (
+        ("qwen3-moe", {"ep": 3}, 2, "mesh.ep: 3 does not divide 2"),
+        ("qwen3.5-moe", {"cp": 8}, 8, "mesh.cp: 8 does not divide model.delta_key_heads, 4"),
+        ("qwen3-moe", {"pp": 8}, 8, "mesh.pp: dualpipev on 8 ranks .* not 8; raise train.batch_size"),
+        ("qwen3-moe", {"pp": 8, "schedule": "1f1b"}, 8, "mesh.pp: 4 layers cannot give 8 stages work; lower mesh.pp"),
+        ("qwen3-moe", {"dp": 3}, 3, "mesh.dp x mesh.ep: 3 ranks .* train.batch_size, 8"),
+    ):
+        changes = {"train": {"sequence_length": 64}} if mesh.get("cp") else {}
+        with pytest.raises(UserError, match=said):
+            verify([run(FAMILIES[family], mesh, **changes)], ranks)
     assert not dist.is_initialized()
 
 
@@ -264,12 +337,30 @@ def test_the_command(tmp_path, capsys):
     assert "PASS" in out and "weights" in out
     assert cli.main(["verify", str(config), "--mesh", "ep=2", "--tolerance", "0"]) == 1
     assert "FAIL" in capsys.readouterr().out
+    assert cli.main(["verify", str(config), "--mesh", " dp=1, ep = 2", "--steps", "1"]) == 0
+    assert "2 processes" in capsys.readouterr().out
     for mesh, said in (
         ("ep=3", "mesh.ep: 3 does not divide model.experts, 4"),
         ("eq=2", "--mesh.eq: no such setting; known: pp"),
+        ("dp=3", "3 ranks share the batch, and must divide train.batch_size, 4"),
+        ("ep=2,ep=4", "--mesh: 'ep=2,ep=4' is not a list of axes and sizes, each axis once"),
+        ("ep=2 dp=2", "--mesh.ep: '2 dp=2' is of type str"),
+        ("", "--mesh: '' is not a list of axes and sizes"),
+        ("dp=1", "--mesh: 'dp=1' is one rank"),
+        ("pp=8", "mesh.pp: dualpipev on 8 ranks needs"),
+        ("pp=5,schedule=1f1b", "mesh.pp: 2 layers cannot give 5 stages work"),
     ):
         assert cli.main(["verify", str(config), "--mesh", mesh]) == 2
-        assert said in capsys.readouterr().err
+        out, err = capsys.readouterr()
+        assert said in err and len(err.splitlines()) == 1 and "steps on" not in out, err
+
+
+def test_the_command_keeps_what_the_config_says_of_the_mesh(tmp_path, capsys):
+    config = tmp_path / "small.toml"
+    config.write_text(TOML + "[mesh]\npp = 2\n")
+    few = ["verify", str(config), "--mesh", "ep=1", "--train.batch_size", "2", "--train.micro_batch_size", "1"]
+    assert cli.main([*few, "--mesh.schedule", "gpipe"]) == 0  # DualPipeV refuses two microbatches
+    assert "on 2 processes (pp=2,schedule=gpipe)" in capsys.readouterr().out
 
 
 def test_rows_do_not_depend_on_the_batch():
