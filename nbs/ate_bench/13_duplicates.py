@@ -36,8 +36,7 @@ from ate_bench.source import parse, read_sources
 def code_tokens(text: str) -> tuple[list[tuple[str, int]], list[int]]:
     """The tokens of `text` that count as (kind, line), and the index at which each statement begins.
 
-    Names are `n:NAME`; numbers and strings are `0` and `s`, whatever they say.
-    """
+    Names are `n:NAME`; numbers and strings are `0` and `s`, whatever they say."""
     tokens: list[tuple[str, int]] = []
     starts: list[int] = []
     statement: list[tuple[str, int]] = []

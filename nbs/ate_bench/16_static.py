@@ -188,9 +188,11 @@ assert json.loads(static_json(costs))["frameworks"][0]["name"] == "pithtrain"
 # PithTrain beside TorchTitan 0.3 and Megatron-Core 0.16.1, both as PyPI has them. The figures are read from the file
 # that this command wrote, so that they are those of one day and one state:
 #
-# ```
-# pip download --no-deps torchtitan==0.3.0 megatron-core==0.16.1    # and unpack the two
-# ate-bench static pithtrain torchtitan/torchtitan megatron/megatron --json docs/benchmarks/ate-static.json
+# ```bash
+# pip install --no-deps --no-compile --target /tmp/ate/torchtitan torchtitan==0.3.0
+# pip install --no-deps --no-compile --target /tmp/ate/megatron-core megatron-core==0.16.1
+# ate-bench static pithtrain /tmp/ate/torchtitan/torchtitan /tmp/ate/megatron-core/megatron \
+#     --json docs/benchmarks/ate-static.json
 # ```
 #
 # Megatron-Core is a library without a training script: what other frameworks have in one, its users write.

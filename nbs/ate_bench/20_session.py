@@ -21,6 +21,7 @@
 
 # %%
 #| export
+import contextlib
 import json
 import re
 import statistics
@@ -65,7 +66,43 @@ class Session:
 # Claude Code and Codex write one JSON object a line. What they print carries no time, so the harness keeps
 # each line with the moment of its arrival, `{"at": seconds, "line": text}`; transcripts that the agents
 # keep themselves have a `timestamp`. A session that was cut off ends within a line, which is then counted
-# and passed over.
+# and passed over. What a service sends is not in our hands: a count that is no count is taken as 0, a text that is
+# no text as none, a time that is none as missing. An attempt is not lost for it.
+
+
+# %%
+#| export
+def number(value: object) -> int:
+    """`value` where a count should be; 0 in place of anything else."""
+    return value if type(value) is int and 0 <= value < 2**53 else 0
+
+
+# %%
+assert [number(value) for value in (7, -7, "7", True, None, 10**400)] == [7, 0, 0, 0, 0, 0]
+
+
+# %%
+#| export
+def words(value: object, before: str) -> str:
+    """`value` where it is a text that says something, in characters that can be written; else `before`."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) and value else before
+
+
+# %%
+assert words("a", "b") == "a" and words({}, "b") == words("", "b") == "b"
+
+
+# %%
+#| export
+def moment(value: object) -> float | None:
+    """`value` where a time should be; None in place of anything else."""
+    return float(value) if type(value) in (int, float) and 0 <= value < 1e11 else None
+
+
+# %%
+import math
+
+assert moment(5) == 5.0 and moment("5") is moment(math.nan) is moment(10**400) is None
 
 
 # %%
@@ -73,19 +110,18 @@ class Session:
 def read_lines(text: str) -> tuple[list[tuple[float | None, dict[str, Any]]], int]:
     """The objects of a session file with their times, and the number of malformed lines."""
     entries, malformed = [], 0
-    for line in filter(str.strip, text.splitlines()):
+    for line in filter(str.strip, text.split("\n")):  # U+2028 and its like may stand within
         try:
             entry = json.loads(line)
             at = entry.get("at")
             entry = json.loads(entry["line"]) if "line" in entry and "at" in entry else entry
             if "timestamp" in entry:
                 at = datetime.fromisoformat(entry["timestamp"]).timestamp()
-            if at is not None:
-                at = float(at)
-        except (ValueError, AttributeError, TypeError):
+            entry.get("type")  # is it an object?
+        except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
             malformed += 1
             continue
-        entries.append((at, entry))
+        entries.append((moment(at), entry))
     return entries, malformed
 
 
@@ -126,20 +162,19 @@ def read_claude(text: str) -> Session:
         blocks = [table(block) for block in content] if isinstance(content, list) else []
         usage = table(message.get("usage"))
         if entry.get("type") == "assistant" and message.get("model") != "<synthetic>":
-            name = message.get("id") or entry.get("uuid") or len(turns)
+            name = str(message.get("id") or entry.get("uuid") or len(turns))
             before = turns.get(name, Turn(0, 0))
-            read = sum(usage.get(part) or 0 for part in INPUT_PARTS)
-            wrote = usage.get("output_tokens") or 0
+            read = sum(number(usage.get(part)) for part in INPUT_PARTS)
+            wrote = number(usage.get("output_tokens"))
             turns[name] = Turn(max(before.input_tokens, read), max(before.output_tokens, wrote))
-            running |= {block.get("id") for block in blocks if block.get("type") == "tool_use"}
-            session.answer = next(
-                (b["text"] for b in blocks if b.get("type") == "text" and "text" in b), session.answer
-            )
+            running |= {str(block.get("id")) for block in blocks if block.get("type") == "tool_use"}
+            said = next((block.get("text") for block in blocks if block.get("type") == "text"), None)
+            session.answer = words(said, session.answer)
         elif entry.get("type") == "user":
-            running -= {block.get("tool_use_id") for block in blocks}
+            running -= {str(block.get("tool_use_id")) for block in blocks}
         elif entry.get("type") == "result":
-            session.answer = entry.get("result") or session.answer
-            session.output_tokens = table(entry.get("usage")).get("output_tokens")
+            session.answer = words(entry.get("result"), session.answer)
+            session.output_tokens = number(table(entry.get("usage")).get("output_tokens")) or None
         if at is not None:
             session.events.append((at, len(running)))
     session.turns = list(turns.values())
@@ -181,26 +216,26 @@ def read_codex(text: str) -> Session:
     session, running, total = Session(malformed=malformed), set(), None
     for at, entry in entries:
         payload = table(entry.get("payload"))
-        kind, info = payload.get("type") or "", table(payload.get("info"))
+        kind, info = str(payload.get("type")), table(payload.get("info"))
         if kind == "token_count" and info and info.get("total_token_usage") != total:
             total, last = info.get("total_token_usage"), table(info.get("last_token_usage"))
-            session.turns.append(Turn(last.get("input_tokens") or 0, last.get("output_tokens") or 0))
+            session.turns.append(Turn(number(last.get("input_tokens")), number(last.get("output_tokens"))))
         elif kind == "agent_message":
-            session.answer = payload.get("message") or session.answer
+            session.answer = words(payload.get("message"), session.answer)
         elif kind.endswith("_call"):
-            running.add(payload.get("call_id"))
+            running.add(str(payload.get("call_id")))
         elif kind.endswith("_call_output"):
-            running.discard(payload.get("call_id"))
+            running.discard(str(payload.get("call_id")))
         item, kind = table(entry.get("item")), entry.get("type")
         if kind == "item.started":
-            running.add(item.get("id"))
+            running.add(str(item.get("id")))
         elif kind == "item.completed":
-            running.discard(item.get("id"))
-            session.answer = (
-                item.get("text") or session.answer if item.get("type") == "agent_message" else session.answer
-            )
+            running.discard(str(item.get("id")))
+            if item.get("type") == "agent_message":
+                session.answer = words(item.get("text"), session.answer)
         elif kind == "turn.completed" and not session.turns:
-            session.output_tokens = (session.output_tokens or 0) + (table(entry.get("usage")).get("output_tokens") or 0)
+            wrote = number(table(entry.get("usage")).get("output_tokens"))
+            session.output_tokens = (session.output_tokens or 0) + wrote
         if at is not None:
             session.events.append((at, len(running)))
     return session
@@ -231,19 +266,20 @@ def read_mini(text: str) -> Session:
     """A session of mini-swe-agent: its trajectory. One that was cut off cannot be read: no turns, one malformed."""
     session = Session()
     try:
-        messages = table(json.loads(text)).get("messages", [])
-    except ValueError:
+        messages = table(json.loads(text)).get("messages")
+    except (ValueError, RecursionError):
         return Session(malformed=1)
-    for message in map(table, messages):
+    for message in map(table, messages if isinstance(messages, list) else []):
         extra = table(message.get("extra"))
         response = table(extra.get("response"))
         usage = table(response.get("usage"))
         if response:
-            session.turns.append(Turn(usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0))
+            session.turns.append(Turn(number(usage.get("prompt_tokens")), number(usage.get("completion_tokens"))))
         if message.get("role") == "assistant":
-            session.answer = message.get("content") or session.answer
-        if isinstance(extra.get("timestamp"), int | float):
-            session.events.append((extra["timestamp"], len(extra.get("actions") or ())))
+            session.answer = words(message.get("content"), session.answer)
+        if (at := moment(extra.get("timestamp"))) is not None:
+            actions = extra.get("actions")
+            session.events.append((at, len(actions) if isinstance(actions, list) else 0))
     return session
 
 
@@ -255,15 +291,20 @@ assert mini == Session([Turn(50, 5)], [(3, 1)], "ls") and read_mini('{"mess').ma
 
 # %%
 #| export
+FORMATS = ("claude", "codex", "mini")
+
+
+# %%
+#| export
 def read_session(form: str, text: str) -> Session:
-    """A session in the form of `claude`, `codex` or `mini`. Raises UserError for another."""
+    """A session in one of FORMATS. Raises UserError for another."""
     if form == "claude":
         return read_claude(text)
     if form == "codex":
         return read_codex(text)
     if form == "mini":
         return read_mini(text)
-    raise UserError(f"format {form!r}: not a known form of session; use claude, codex or mini")
+    raise UserError(f"format {form!r}: not a known form of session; use {', '.join(FORMATS)}")
 
 
 # %% [markdown]
@@ -295,7 +336,7 @@ assert duration(session.events) == 1510 and duration([(0, 0), (1500, 0)]) == 600
 # Training logs are stamped, and the time from the first stamp to the last is the time that the run held its
 # device. (In a task's CPU variant that device is the CPU.) Runs side by side count once. A log of JSON
 # objects, as PithTrain's `metrics.jsonl`, says in each row when its step ended (`time`, seconds since 1970) and
-# how long it took (`seconds`).
+# how long it took (`seconds`). What only looks like a time, `2026-13-01 00:00:00` or `1e-`, is passed over.
 
 # %%
 #| export
@@ -308,11 +349,16 @@ ROW = re.compile(r'"seconds": ([\d.e+-]+).*"time": ([\d.e+-]+)')
 def log_interval(path: Path) -> tuple[float, float] | None:
     """First and last second of a training log, or None if it does not say."""
     text = path.read_text(encoding="utf-8", errors="replace")
-    stamps = [datetime.fromisoformat(stamp) for stamp in STAMP.findall(text)]
-    times = [(stamp if stamp.tzinfo else stamp.replace(tzinfo=UTC)).timestamp() for stamp in stamps]
-    rows = [(float(seconds), float(end)) for seconds, end in ROW.findall(text)]
-    times += [time for seconds, end in rows for time in (end - seconds, end)]
-    return (min(times), max(times)) if times else None
+    times: list[float | None] = []
+    for said in STAMP.findall(text):
+        with contextlib.suppress(ValueError):
+            stamp = datetime.fromisoformat(said)
+            times.append(moment((stamp if stamp.tzinfo else stamp.replace(tzinfo=UTC)).timestamp()))
+    for seconds, end in ROW.findall(text):
+        with contextlib.suppress(ValueError):
+            times += [moment(float(end) - float(seconds)), moment(float(end))]
+    known = [time for time in times if time is not None]
+    return (min(known), max(known)) if known else None
 
 
 # %%

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import ate_bench
+from ate_bench.session import FORMATS
 from pithtrain.config import UserError
 
 # %% [markdown]
@@ -97,7 +98,8 @@ def find_file(kind: str, name: str) -> Path:
 # | `command` | `command` leaves with 0 and a last line that begins with PASS |
 # | `judge` | a judging agent says so, told the `question` and what is true of the framework |
 #
-# A rule with a `per` that does not name the framework does not apply to it.
+# A program's rule whose `per` does not name the framework does not apply to it, a judge's does: he looks the truth up.
+# Where no rule of a task names the framework, there is no key to its answers, and they stay UNJUDGED.
 
 # %%
 #| export
@@ -116,6 +118,7 @@ class Rule:
     label: str = ""  #: of the answer's line
     question: str = ""  #: to the judging agent
     command: list[str] = field(default_factory=list)  #: with {python} {task} {common} {repo} {out}
+    given_tests: bool = False  #: whether the framework's tests are put back as they were given, before `command`
     per: dict[str, Any] = field(default_factory=dict)  #: by framework: value, definitions, truth, or more arguments
 
 
@@ -254,7 +257,12 @@ class Agent:
 def load_agent(name: str) -> Agent:
     """An agent by name or path. Raises UserError."""
     path = find_file("agents", name)
-    return Agent(**check_keys(read_toml(path), Agent, str(path)))
+    agent = Agent(**check_keys(read_toml(path), Agent, str(path)))
+    if agent.format not in FORMATS:
+        raise UserError(f"{path}: format {agent.format!r} is not one of {', '.join(FORMATS)}")
+    if not isinstance(agent.command, list) or not agent.command:
+        raise UserError(f"{path}: command {agent.command!r} is not a list of a program and its arguments")
+    return agent
 
 
 # %%

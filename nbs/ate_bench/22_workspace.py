@@ -20,6 +20,7 @@
 # %%
 #| export
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -91,7 +92,12 @@ with tempfile.TemporaryDirectory() as folder:
 # %% [markdown]
 # ## What changed
 #
-# The agent may use git, commit, or break its repository; the diff is taken with another one.
+# The agent may use git, commit, or break its repository; the diff is taken with another one. Tests that it edited, or
+# whose settings it edited, say nothing: they can be put back.
+
+# %%
+#| export
+TESTS = re.compile(r"(^|/)(tests?/|conftest\.py$|(pytest|tox)\.ini$|setup\.cfg$|pyproject\.toml$)")
 
 
 # %%
@@ -132,7 +138,19 @@ class Workspace:
     def files(self, folder: Path, pattern: str) -> list[Path]:
         """The regular files below `folder` that match `pattern` and are not somewhere else, through a link."""
         found = [path for path in sorted(folder.glob(pattern)) if path.is_file() and not path.is_symlink()]
-        return [path for path in found if path.resolve().is_relative_to(folder)]
+        return [path for path in found if path.resolve().is_relative_to(folder) and os.access(path, os.R_OK)]
+
+    def holds(self, path: Path) -> bool:
+        """Whether `path` is in the framework's folder itself, and not somewhere else, through a link."""
+        return path.parent.resolve().is_relative_to(self.repo)
+
+    def clear(self) -> None:
+        """Take away all that the agent wrote but the framework and `out`, its home as well."""
+        for path in self.work.iterdir():
+            if path not in (self.repo, self.out):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        for name in ("home", "tmp"):
+            (self.work / name).mkdir()
 
     def git(self, *arguments: str, data: bytes | None = None) -> bytes:
         """Output of git on the framework, by the repository that the agent cannot reach."""
@@ -151,8 +169,21 @@ class Workspace:
 
     def diff(self) -> bytes:
         """What was changed in the framework since `remember`, ignored files left out."""
+        for path in filter(self.holds, list(self.repo.rglob("*/.git"))):  # a repository within would hide its files
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         self.git("add", "--all")
         return self.git("diff", "--cached", "--binary", "HEAD")
+
+    def restore_tests(self) -> None:
+        """Put tests, and what sets them up, back as `remember` saw them; take away what was added there."""
+        names = self.git("ls-tree", "-r", "-z", "--name-only", "HEAD").decode().split("\0")
+        given = {name for name in names if TESTS.search(name)}
+        for path in filter(self.holds, list(self.repo.rglob("*"))):
+            name = path.relative_to(self.repo).as_posix()
+            if TESTS.search(name) and name not in given and (path.is_symlink() or not path.is_dir()):
+                path.unlink()
+        if given:
+            self.git("checkout", "--quiet", "HEAD", "--", *sorted(given))
 
 
 # %%
@@ -179,6 +210,9 @@ with (workspace.repo / "README.md").open("a") as file:
 subprocess.run(["git", "commit", "--quiet", "--all", "--message", "Hide it"], cwd=workspace.repo, capture_output=True)
 print(workspace.diff().decode())
 assert b"+One line more." in workspace.diff()
+(workspace.repo / "tests" / "conftest.py").write_text("import os; os._exit(0)")
+workspace.restore_tests()
+assert b"os._exit" not in workspace.diff() and b"+One line more." in workspace.diff()
 
 # %% [markdown]
 # ## The sandbox
@@ -189,7 +223,8 @@ assert b"+One line more." in workspace.diff()
 #
 # What it writes to `/tmp` is gone with it: that is a folder of its own in memory.
 #
-# Where bubblewrap is not installed the agent runs as any program does, and the record says so.
+# Where bubblewrap is not installed, or the system forbids it its namespaces, the agent runs as any program does, and
+# the record says so.
 
 
 # %%
@@ -210,8 +245,15 @@ def program_paths(program: str) -> set[Path]:
 
 # %%
 #| export
-def confine(command: list[str], workspace: Workspace, readable: set[Path], writable: bool, network: bool) -> list[str]:
-    """`command` under bubblewrap, in the framework's folder. `readable` paths stay visible; `writable` is the repo."""
+def confine(
+    command: list[str],
+    workspace: Workspace,
+    readable: set[Path],
+    writable: bool,
+    network: bool,
+    folder: Path | None = None,
+) -> list[str]:
+    """`command` under bubblewrap, in `folder` or the repo. `readable` paths stay visible; `writable` is the repo."""
     wrap = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--proc", "/proc", "--dev", "/dev"]
     wrap += ["--share-net"] * network
     for name in ("bin", "sbin", "lib", "lib32", "lib64"):
@@ -234,7 +276,15 @@ def confine(command: list[str], workspace: Workspace, readable: set[Path], writa
     wrap += ["--bind", str(workspace.work), str(workspace.work)]
     if not writable:
         wrap += ["--ro-bind", str(workspace.repo), str(workspace.repo)]
-    return [*wrap, "--chdir", str(workspace.repo), "--", *command]
+    return [*wrap, "--chdir", str(folder or workspace.repo), "--", *command]
+
+
+# %%
+#| export
+def can_confine() -> bool:
+    """Whether bubblewrap is installed, and allowed to do its work."""
+    probe = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"]
+    return shutil.which("bwrap") is not None and subprocess.run(probe, capture_output=True).returncode == 0
 
 
 # %% [markdown]
@@ -270,7 +320,7 @@ script = f"touch ~/mine && echo own home; ls {here.checkout} | wc -l; touch {wor
 shell = ["bash", "-c", f"{script}; touch {workspace.root}/escaped; env | cut -d= -f1 | sort | tr '\\n' ' '"]
 variables = environment(workspace, here, [], {})
 commands = {"unconfined": shell}
-if shutil.which("bwrap"):
+if can_confine():
     commands["confined"] = confine(shell, workspace, set(), writable=False, network=False)
     commands["confined, may edit"] = confine(shell, workspace, set(), writable=True, network=False)
 for name, command in commands.items():

@@ -105,7 +105,7 @@ def follow_citation(match: re.Match, repo: Path) -> Citation:
     if not path.is_relative_to(repo.resolve()) or not path.is_file():
         return Citation(match[0], [], f"there is no file {name}")
     text = path.read_text(encoding="utf-8", errors="replace")
-    lines = text.splitlines()
+    lines = text.removesuffix("\n").split("\n")  # as Python counts them: a form feed ends no line
     if not 1 <= line <= len(lines):
         return Citation(match[0], [], f"{name} has {len(lines)} lines")
     if not symbol:
@@ -145,7 +145,24 @@ assert [not citation.wrong for citation in citations(answer, repo)] == [True, Tr
 #
 # A definition counts as cited when a citation that holds lies within it. Definitions of a task's key are
 # named without their module, so that a file may move; an answer may cite the notebook or the module. What has one
-# short answer is asked for as a line of its own, `Pairs: halves`, and no judge is paid to find it.
+# short answer is asked for as a line of its own, `Pairs: halves`, and no judge is paid to find it. Numbers are compared
+# as numbers, `1e-6` is `0.000001`; of a name its last part will do, `torch.float32`.
+
+
+# %%
+#| export
+def same_value(value: str, wanted: str) -> bool:
+    """Whether a value is the one wanted: as a number where both are numbers, else by the name or its last part."""
+    try:
+        return float(value) == float(wanted)
+    except ValueError:
+        named = value[:1].isalpha() or value[:1] == "_"
+        return wanted in (value, value.rpartition(".")[2] if named else value)
+
+
+# %%
+assert same_value("1.0e-6", "1e-6") and same_value("torch.float32", "float32")
+assert not same_value("7.1", "1") and not same_value("7.x", "x")
 
 
 # %%
@@ -153,12 +170,12 @@ assert [not citation.wrong for citation in citations(answer, repo)] == [True, Tr
 def check_statement(rule: Rule, wanted: str, answer: str) -> Verdict:
     """The verdict of a rule of kind `states`: the answer's line `LABEL: value` has one of the values `a|b`."""
     line = re.search(
-        rf"^[*_\s-]*{re.escape(rule.label)}[*_`\s]*:[*_`\s]*([\w.+-]+)", answer, re.MULTILINE | re.IGNORECASE
+        rf"^[*_\s-]*{re.escape(rule.label)}[*_`\s]*:[*_`\s]*([\w.,+-]+)", answer, re.MULTILINE | re.IGNORECASE
     )
     if line is None:
         return Verdict(rule.id, "FAIL", f"there is no line '{rule.label}: value'")
-    value = line[1].lower().rstrip(".")
-    right = bool({value, value.rpartition(".")[2]} & set(wanted.lower().split("|")))
+    value = line[1].lower().rstrip(".,")
+    right = any(same_value(value, one) for one in wanted.lower().split("|"))
     return Verdict(
         rule.id, "PASS" if right else "FAIL", f"{rule.label}: {value}" + f", expected {wanted}" * (not right)
     )
@@ -174,6 +191,8 @@ for said in ("Pairs: halves", "**Pairs:** `Halves`.", "Pairs: neighbours", "They
 #| export
 def check_answer(rule: Rule, framework: str, answer: str, repo: Path) -> Verdict:
     """The verdict of a rule of kind `stance`, `states`, `citations` or `cites`."""
+    if rule.kind != "citations" and framework not in rule.per:
+        return Verdict(rule.id, "UNJUDGED", f"the task has no key for {framework}")
     if rule.kind == "states":
         return check_statement(rule, rule.per[framework], answer)
     found = citations(answer, repo)
@@ -211,8 +230,10 @@ holder.cleanup()
 # ## Checkers
 #
 # For the rest a task brings a program. It runs after the agent has left, in the sandbox, with the task's
-# folder readable; the code under test runs in it. So leaving with 0 is not enough: code that ends the process would
-# pass. The last line must say PASS as well.
+# folder readable, and must leave with 0 and a last line that says PASS. Code of the agent's may end its process, and
+# may print PASS before it does. So a checker lets that code run in another process than the one that says the verdict,
+# and wants a sign of its own that it came to its end; the framework's folder is not on the checker's path; tests are
+# put back as they were given. Code that reaches into its checker's memory is not stopped: that is for a judge to see.
 
 
 # %%

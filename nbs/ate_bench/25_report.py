@@ -16,6 +16,7 @@ import base64
 import csv
 import html
 import json
+import re
 import statistics
 from collections import defaultdict
 from dataclasses import fields
@@ -45,7 +46,9 @@ KEYS = ["framework", "version", "suite", "task", "variant", "agent", "model", "s
 def read_attempts(results: Path) -> list[dict[str, Any]]:
     """A flat record of every attempt below `results`, with None for what is not known. Raises UserError for none."""
     attempts = []
-    for path in sorted(results.rglob("[0-9][0-9][0-9]/attempt.json")):
+    paths = [path for path in results.rglob("attempt.json") if path.parent.name.isdigit()]
+    paths = [path for path in paths if "out" not in path.relative_to(results).parts]  # what an agent wrote is no record
+    for path in sorted(paths, key=lambda path: (path.parent.parent, int(path.parent.name))):
         try:
             facts = json.loads(path.read_text())
         except ValueError:
@@ -90,8 +93,9 @@ print(len(attempts), attempts[0])
 # %% [markdown]
 # ## The table
 #
-# A row for each task, framework, agent and model. Attempts that died have no part in the medians of what they
-# did not reach; that they died stands beside the passes.
+# A row for each task, framework with its version, agent and model; commits are cut to 12 digits. Attempts at a working
+# tree with changes (`-dirty`) stand together, though the changes may differ. Attempts that died have no part in the
+# medians of what they did not reach; that they died stands beside the passes.
 
 
 # %%
@@ -111,20 +115,32 @@ assert spread([3.0]) == "3" and spread([1, 2, 9000]) == "2 (1–9,000)" and spre
 
 # %%
 #| export
+def cell_of(attempt: dict[str, Any]) -> tuple[str, ...]:
+    """What attempts have in common that stand in one row: suite, task, variant, framework, version, agent, model."""
+    version = re.sub(r"[0-9a-f]{40}", lambda match: match[0][:12], attempt["version"] or "").rpartition("==")[2]
+    names = [attempt[key] or "" for key in ("suite", "task", "variant", "framework", "agent", "model")]
+    return (*names[:4], version, *names[4:])
+
+
+# %%
+print(cell_of(attempts[0]))
+
+
+# %%
+#| export
 def report_rows(attempts: list[dict[str, Any]]) -> list[list[str]]:
     """The report's table: a header, and a row for each cell of the benchmark."""
     cells = defaultdict(list)
     for attempt in attempts:
-        name = [attempt[key] or "" for key in ("suite", "task", "variant", "framework", "agent", "model")]
-        cells[tuple(name)].append(attempt)
+        cells[cell_of(attempt)].append(attempt)
     rows = [["task", "framework", "agent", "passed", "seconds", "GPU seconds", "turns", "context", "output"]]
-    for (suite, task, variant, framework, agent, model), group in sorted(cells.items()):
+    for (suite, task, variant, framework, version, agent, model), group in sorted(cells.items()):
         verdicts = [attempt["verdict"] for attempt in group]
         passed = f"{verdicts.count('PASS')} of {len(group)}"
         others = {"unjudged": verdicts.count("UNJUDGED"), "without verdict": verdicts.count(None)}
         passed += "".join(f", {number} {name}" for name, number in others.items() if number)
         columns = [[a[name] for a in group if a[name] is not None] for name in METRICS]
-        names = [f"{suite}/{task} ({variant})", framework, f"{agent} {model}".strip(), passed]
+        names = [f"{suite}/{task} ({variant})", f"{framework} {version}".strip(), f"{agent} {model}".strip(), passed]
         rows.append(names + [spread(column) for column in columns])
     return rows
 
@@ -133,7 +149,7 @@ def report_rows(attempts: list[dict[str, Any]]) -> list[list[str]]:
 #| export
 def markdown_table(rows: list[list[str]]) -> str:
     """Rows as a Markdown table."""
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    escaped = [[" ".join(cell.split()).replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in rows]
     escaped.insert(1, ["---"] * len(rows[0]))
     return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
 
@@ -154,12 +170,12 @@ def draw_suite(attempts: list[dict[str, Any]], suite: str) -> Any:
     from matplotlib.figure import Figure
 
     own = [attempt for attempt in attempts if attempt["suite"] == suite]
-    named = [tuple(attempt[key] or "" for key in ("task", "framework", "agent", "model")) for attempt in own]
-    labels, frameworks = sorted(set(named)), sorted({name[1] for name in named})
+    named = [cell_of(attempt)[1:] for attempt in own]
+    labels, frameworks = sorted(set(named)), sorted({name[2] for name in named})
     figure = Figure(figsize=(15, 1.2 + 0.36 * len(labels)), layout="constrained")
     for panel, (axes, name) in enumerate(zip(figure.subplots(1, len(METRICS), sharey=True), METRICS, strict=True)):
         for row, label in enumerate(labels):
-            colour = f"C{frameworks.index(label[1])}"
+            colour = f"C{frameworks.index(label[2])}"
             known = [a for a, own_label in zip(own, named, strict=True) if own_label == label and a[name] is not None]
             for attempt in known:
                 face = colour if attempt["verdict"] == "PASS" else "none"

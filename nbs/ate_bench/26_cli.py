@@ -12,10 +12,11 @@
 #| export
 import argparse
 import json
-import shutil
+import signal
 import sys
 from pathlib import Path
 
+from ate_bench.task import Agent
 from pithtrain.config import UserError
 
 # %% [markdown]
@@ -40,18 +41,20 @@ def static_command(arguments: argparse.Namespace) -> int:
 # %% [markdown]
 # ## run
 #
-# All that can be wrong is found before the first attempt: a task that is not there, an agent that is not
+# All that can be wrong is found before the first attempt: a task that is not there, an agent or a judge that is not
 # installed. The exit code says whether every attempt passed.
 
 
 # %%
 #| export
 def choose_sandbox(wanted: str) -> bool:
-    """Whether agents run under bubblewrap. Raises UserError where it must be and is not installed."""
-    installed = shutil.which("bwrap") is not None
-    if wanted == "always" and not installed:
-        raise UserError("bwrap: not installed; install bubblewrap, or give --sandbox auto")
-    if wanted == "never" or not installed:
+    """Whether agents run under bubblewrap. Raises UserError where it must be and cannot."""
+    from ate_bench.workspace import can_confine
+
+    works = wanted != "never" and can_confine()
+    if wanted == "always" and not works:
+        raise UserError("bwrap: not installed, or not allowed here; install bubblewrap, or give --sandbox auto")
+    if not works:
         print("warning: no sandbox: the agent can read and write whatever you can", file=sys.stderr)
         return False
     return True
@@ -59,25 +62,51 @@ def choose_sandbox(wanted: str) -> bool:
 
 # %%
 #| export
+def choose_agent(name: str, model: str) -> Agent:
+    """The agent or judge `name`, which can be started. Raises UserError."""
+    from ate_bench.task import load_agent
+    from ate_bench.workspace import program_paths
+
+    agent = load_agent(name)
+    agent.arguments(model, False, "", Path())
+    program_paths(agent.command[0])
+    return agent
+
+
+# %%
+#| export
+def recorded_format(recorded: Path) -> str:
+    """The format of the session in an attempt's folder. Raises UserError for one that cannot be played again."""
+    from ate_bench.session import FORMATS
+
+    try:
+        facts = json.loads((recorded / "attempt.json").read_text())
+        form, ended = facts["format"], "ended" in facts
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{recorded}: not a recorded attempt: {error}") from None
+    if form not in FORMATS or not ended:
+        raise UserError(f"{recorded}: " + ("the attempt has not ended" if form in FORMATS else f"format {form!r}"))
+    return form
+
+
+# %%
+#| export
 def run_command(arguments: argparse.Namespace) -> int:
     """Make attempts; print a line for each."""
     from ate_bench.attempt import Plan, run_attempt
-    from ate_bench.task import Agent, load_agent, load_framework, load_task
-    from ate_bench.workspace import program_paths
+    from ate_bench.task import load_framework, load_task
 
+    if arguments.attempts < 1:
+        raise UserError(f"--attempts {arguments.attempts}: at least 1 is needed")
+    if arguments.judge_model and not arguments.judge:
+        raise UserError("--judge-model is for a judge; name one with --judge")
     framework, task = load_framework(arguments.framework, arguments.commit), load_task(arguments.task)
     if (arguments.agent == "replay") != bool(arguments.recorded):
         raise UserError("--recorded names the attempt's folder that --agent replay plays again; give both or neither")
     if arguments.recorded:
-        try:
-            form = json.loads((arguments.recorded / "attempt.json").read_text())["format"]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{arguments.recorded}: not a recorded attempt: {error}") from None
-        agent = Agent("replay", [], form)
+        agent = Agent("replay", [], recorded_format(arguments.recorded))
     else:
-        agent = load_agent(arguments.agent)
-        program_paths(agent.command[0])  # is it installed?
-        agent.arguments(arguments.model, False, "", Path())
+        agent = choose_agent(arguments.agent, arguments.model)
     plan = Plan(
         framework=framework,
         task=task,
@@ -85,7 +114,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         model=arguments.model,
         variant=arguments.variant,
         sandbox=choose_sandbox(arguments.sandbox),
-        judge=load_agent(arguments.judge) if arguments.judge else None,
+        judge=choose_agent(arguments.judge, arguments.judge_model) if arguments.judge else None,
         judge_model=arguments.judge_model,
         recorded=arguments.recorded and arguments.recorded.resolve(),
     )
@@ -153,12 +182,28 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+# %% [markdown]
+# A scheduler that ends a job, or a closed terminal, must not leave an agent running that is paid by the minute: the
+# signal becomes an exception, and the attempt ends as it does for Ctrl-C.
+
+
+# %%
+#| export
+def leave(number: int, frame: object) -> None:
+    """End the command by an exception; a second signal does not disturb what it has to put away."""
+    signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
 # %%
 #| export
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit code: 0, 1 where an attempt did not pass, 2 for a mistake, 130."""
+    known = make_parser().parse_args(arguments)
+    ends = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) == signal.SIG_DFL]
     try:
-        known = make_parser().parse_args(arguments)
+        for one in ends:
+            signal.signal(one, leave)
         return known.command(known)
     except UserError as error:
         print(f"ate-bench: {error}", file=sys.stderr)
@@ -166,6 +211,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ate-bench: interrupted", file=sys.stderr)
         return 130
+    finally:
+        for one in ends:
+            signal.signal(one, signal.SIG_DFL)
 
 
 # %% [markdown]

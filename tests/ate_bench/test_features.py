@@ -37,6 +37,7 @@ def test_there_are_four_features_with_both_variants():
     for name in FEATURES:
         task = load_task(f"feature/{name}")
         assert [rule.id for rule in task.rules] == ["equations", "training", "tests", "reuse"]
+        assert task.rules[2].given_tests
         for test in task.rules[2].per["pithtrain"]:
             assert (PACKAGE.parent / test).exists()
         for variant, sign in (("cpu", "two minutes"), ("gpu", "bfloat16")):
@@ -44,6 +45,17 @@ def test_there_are_four_features_with_both_variants():
             assert "## The interface" in told and "`build_layer(" in told and sign in told
 
 
+CHEAT = """
+import os
+for number in range(3, 64):
+    try:
+        os.write(number, b"PASS 4 cases")
+    except OSError:
+        pass
+os._exit(0)
+
+
+"""
 WRONG = [
     ("zero_experts", "if previous is not None:", "if False:", "logits is off by"),
     ("zero_experts", "(a[:, :1] * tokens + a", "(tokens + a", "output is off by"),
@@ -66,6 +78,15 @@ WRONG = [
     ("block_attention", "min(self.top_blocks, blocks)", "min(self.top_blocks + 1, blocks)", "output is off by"),
     ("block_attention", "(positions <= positions[:, None])", "(positions >= 0)", "output is off by"),
     ("block_attention", "    @torch.no_grad()\n    def seen", "    def seen", "PASS"),  # a choice has no gradient
+    # Code that says PASS itself, and ends the process before it is compared with anything.
+    (
+        "zero_experts",
+        "class Matrix",
+        "print('PASS 4 cases')\nimport os\nos._exit(0)\n\n\nclass Matrix",
+        "ended its check",
+    ),
+    ("zero_experts", "class Matrix", "raise SystemExit(0)\n\n\nclass Matrix", "SystemExit"),
+    ("zero_experts", "class Matrix", CHEAT + "class Matrix", "ended its check"),
     ("dynamic_experts", "(1 + soft - soft.detach())", "soft", "output is off by"),
     ("dynamic_experts", "(1 + soft - soft.detach())", "(1 + 0 * soft)", "gradient of"),
     ("dynamic_experts", "if self.training:", "if True:", "in evaluation"),
@@ -148,7 +169,13 @@ def test_the_reference_solutions_learn(name: str, tmp_path: Path, monkeypatch, c
 
 def test_tests_that_passed_must_pass_still(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # sooner
-    for text, reason in (("assert True", "PASS 1 passed"), ("assert False", "FAIL 1 failed")):
+    for text, reason in (
+        ("assert True", "PASS 1 passed, 0 failed, 0 skipped"),
+        ("assert False", "FAIL 0 passed, 1 failed"),
+        ("__import__('pytest').skip()", "FAIL 0 passed, 0 failed, 1 skipped"),
+        ("__import__('engine')", "FAIL pytest left with 0 before its end"),
+    ):
+        (tmp_path / "engine.py").write_text("import os\nprint('9 passed in 1s', flush=True)\nos._exit(0)\n")
         (tmp_path / "test_it.py").write_text(f"def test_it():\n    {text}\n")
         said, _ = checked(COMMON / "tests.py", tmp_path, "test_it.py", capsys=capsys, monkeypatch=monkeypatch)
         assert said.startswith(reason), said

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -122,7 +123,11 @@ def test_a_feature_is_added(tmp_path, monkeypatch):
     judge = tmp_path / "judge.toml"
     judge.write_text(f"name = 'judge'\ncommand = ['echo', '{said}']\nformat = 'claude'\n")
     model = ScriptedModel(script)
-    facts = play(model, "feature/zero_experts", tmp_path / "results", monkeypatch, "--judge", str(judge))
+    task = tmp_path / "tasks" / "feature" / "zero_experts"  # with one file of tests in place of four
+    shutil.copytree(load_task("feature/zero_experts").folder, task)
+    rules, kept = (task / "rules.toml").read_text(), 'per = { pithtrain = ["tests/test_router.py"] }'
+    (task / "rules.toml").write_text(re.sub("per = {.*}", kept, rules))
+    facts = play(model, str(task), tmp_path / "results", monkeypatch, "--judge", str(judge))
     assert facts["verdict"] == "PASS", facts["rules"]
     assert set(outcomes(facts)) == {"equations", "training", "tests", "reuse"}
     check_metrics(facts, script, gpu=42)

@@ -88,6 +88,36 @@ def test_an_answer_that_says_absent_or_another_value_fails(question: str):
         assert failures(question, left_out) == {rule.id: f"there is no line '{rule.label}: value'"}
 
 
+@pytest.mark.parametrize(
+    ("wanted", "said", "right"),
+    [
+        ("1.0|1", "1.0", True),
+        ("1.0|1", "1", True),
+        ("1.0|1", "0.1", False),
+        ("1.0|1", "7.1", False),
+        ("1.0|1", "1,000", False),
+        ("1e-6", "1.0e-6", True),
+        ("1e-6", "0.000001", True),
+        ("1e-6", "5.1e-6", False),
+        ("2|two", "0.2", False),
+        ("2|two", "Two.", True),
+        ("float32", "`torch.float32`", True),
+        ("float32", "7.float32", False),
+        ("yes", ".", False),
+    ],
+)
+def test_a_number_is_right_by_its_value_and_a_name_by_its_last_part(wanted: str, said: str, right: bool):
+    rule = Rule("limit", "states", label="Limit", per={"f": wanted})
+    assert check_answer(rule, "f", f"Limit: {said}", REPOSITORY).outcome == ("PASS" if right else "FAIL")
+
+
+def test_a_line_is_one_that_python_counts(tmp_path: Path):
+    (tmp_path / "a.py").write_text('x = """\x0c\u2028\n"""\n\n\ndef found():\n    pass\n')
+    rule = Rule("citations", "citations")
+    assert check_answer(rule, "f", "`a.py:5 found`", tmp_path).outcome == "PASS"
+    assert "a.py has 6 lines" in check_answer(rule, "f", "`a.py:7 found`", tmp_path).reason
+
+
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_an_answer_that_cites_other_lines_or_not_enough_places_fails(question: str):
     text = answer(question)

@@ -1,6 +1,8 @@
 """Sessions of three agents, whole, cut off at every byte, and malformed."""
 
 import json
+import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -207,12 +209,61 @@ def test_malformed_lines_are_counted_and_passed_over(reader):
         {"type": "item.completed", "item": None},
         {"type": None},
         {},
+        {"type": "assistant", "message": {"id": ["a"], "usage": {"input_tokens": "9", "output_tokens": 10**400}}},
+        {"type": "assistant", "message": {"content": [{"type": "tool_use", "id": ["t"]}]}},
+        {"type": "assistant", "message": {"content": [{"type": "text", "text": 3}]}},
+        {"type": "user", "message": {"content": [{"tool_use_id": {}}]}},
+        {"type": "result", "result": {"a": 1}, "usage": {"output_tokens": "9"}},
+        {"payload": {"type": 3}},
+        {"payload": {"type": "function_call", "call_id": []}},
+        {"payload": {"type": "agent_message", "message": ["a"]}},
+        {"payload": {"type": "token_count", "info": {"last_token_usage": {"input_tokens": "9", "output_tokens": 1e9}}}},
+        {"type": "item.started", "item": {"id": []}},
+        {"type": "turn.completed", "usage": {"output_tokens": []}},
+        {"role": "assistant", "content": [1], "extra": {"timestamp": 10**400, "actions": 3}},
+        {"extra": {"timestamp": math.nan, "response": {"usage": {"prompt_tokens": 10**400}}}},
+        {"at": 10**400, "line": "{}"},
+        {"at": math.inf, "line": '{"type": "user"}'},
+        {"at": 1, "line": "[1]"},
+        {"at": 1, "line": '"timestamp"'},
+        {"at": [], "line": "{}"},
+        {"timestamp": "0001-01-01T00:00:00"},
+        {"messages": None},
+        {"messages": {}},
+        {"messages": [None]},
     ],
 )
 def test_objects_of_an_unknown_shape_do_no_harm(entry: dict):
+    texts = [
+        json.dumps(entry),
+        json.dumps({"at": 5.0, "line": json.dumps(entry)}),
+        json.dumps({"messages": [entry, 3]}),
+    ]
     for form in ("claude", "codex", "mini"):
-        read_session(form, json.dumps(entry))
-    read_mini(json.dumps({"messages": [entry, 3]}))
+        for text in texts:
+            session = read_session(form, text)
+            metrics = take_metrics(session, 0.0, (0, 10))
+            assert metrics.duration_s == 10 and max(metrics.context_tokens or 0, metrics.output_tokens or 0) == 0
+            assert isinstance(session.answer, str) and json.loads(json.dumps(asdict(metrics), allow_nan=False))
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, '{"at": 1, "line": "' + "[" * 100_000 + '"}']
+)
+def test_a_line_that_no_parser_takes_is_passed_over(line: str):
+    session = read_claude(line + "\n" + CLAUDE[1])
+    assert session.malformed == 1 and len(session.turns) == 1
+    assert read_mini(line).turns == read_codex(line).turns == []
+
+
+def test_half_a_character_can_be_written():
+    assert read_claude('{"type": "result", "result": "a\\ud800"}').answer == "a?"
+
+
+def test_a_line_ends_with_a_newline_and_nothing_else():
+    said = json.dumps({"type": "result", "result": "one\u2028two\x85three"}, ensure_ascii=False)
+    session = read_claude(CLAUDE[1] + "\n" + said)
+    assert (session.malformed, session.answer, len(session.turns)) == (0, "one\u2028two\x85three", 1)
 
 
 def test_an_empty_session_has_no_metrics_but_the_gpus():
@@ -243,6 +294,11 @@ def test_time_on_the_gpu(tmp_path: Path):
     silent, single = log("c", "no time at all"), log("d", "2026-01-01 09:00:00")
     seconds = log("e", '{"seconds": 1.5, "time": 2e9}\n{"seconds": 5e-1, "x": 1, "time": 2000000000.5}\n{"sec')
     assert log_interval(silent) is None
+    wrong = ["2026-13-01 00:00:00", "0000-00-00 00:00:00", "2026-01-01 00:00:60", "2026-01-01T00:00:00+99:00"]
+    wrong += ['"seconds": 1e-, "time": 5', '"seconds": 1, "time": 1e999', '"seconds": 1, "time": .']
+    for number, text in enumerate(wrong):
+        assert log_interval(log(f"wrong{number}", f"{text}\n")) is None
+        assert log_interval(log(f"half{number}", f"2026-01-01T00:00:00Z\n{text}\n1970-01-01T00:00:00Z"))[0] == 0
     assert gpu_seconds([utc]) == 10.5
     assert gpu_seconds([utc, zone]) == pytest.approx(19.75)  # side by side: once
     assert gpu_seconds([zone, utc, silent, single, seconds]) == pytest.approx(21.75)

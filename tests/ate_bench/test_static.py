@@ -230,3 +230,6 @@ def test_the_projects_questions_lead_somewhere():
     assert len(questions) >= 5
     for question in questions:
         assert find_trail(graph, question.entry, question.target).found, question.text
+    experts = [question.target for question in questions if "expert" in question.text and "code" in question.text]
+    assert len(experts) == 2 and all(target.startswith("pithtrain.kernels.") for target in experts)  # a GPU's way
+    assert any(question.target.endswith(".attend") for question in questions)

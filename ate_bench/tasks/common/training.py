@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "loss.jsonl").unlink(missing_ok=True)
     command = sys.argv[3:] or [sys.executable, "ate_feature.py"]
-    done = subprocess.run([*command, folder], cwd=repo, capture_output=True, text=True)
+    variables = {**os.environ, "PYTHONPATH": str(repo)}
+    variables.pop("PYTHONNOUSERSITE", None)
+    done = subprocess.run([*command, folder], cwd=repo, env=variables, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no error"])[-1]
         return print(f"FAIL {Path(command[-1]).name} left with {done.returncode}: {last}")

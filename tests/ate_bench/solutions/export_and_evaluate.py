@@ -21,4 +21,4 @@ for inputs, targets in HeldOutBatches(held_out, run.config.train.sequence_length
         rows += [given[:1] + known] if known else []
 export_model(folder, out / "model", report=lambda line: None)
 (out / "held_out.json").write_text(json.dumps(rows))
-(out / "evaluation.json").write_text(json.dumps({"nats_per_token": measured.loss, "tokens": measured.tokens}))
+(out / "evaluation.json").write_text(json.dumps({"nats_per_token": measured["loss"], "tokens": measured["tokens"]}))
