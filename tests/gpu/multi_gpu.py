@@ -1,0 +1,187 @@
+"""Several GPUs of one host, through NCCL: do they train as one does, and how fast?
+
+    torchrun --nproc-per-node 2 tests/gpu/multi_gpu.py OUT.json
+
+Any number of GPUs. Without a GPU it runs on the CPU through gloo, small, as a rehearsal of itself.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pithtrain.config import Config, MeshConfig, load_config
+from pithtrain.parallel.mesh import Mesh, fit_axes, make_mesh
+from pithtrain.train.step import Learner, read_microbatches
+from pithtrain.verify import RandomBatches, compare, fit_config, reference_config, trace
+
+ROOT = Path(__file__).parents[2]
+CUDA = torch.cuda.is_available()
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast stays off
+
+
+def meshes(world: int) -> dict[str, MeshConfig]:
+    """Every axis alone over all GPUs, and what two axes can share."""
+    alone = {f"{axis}={world}": MeshConfig(**{axis: world}) for axis in ("ep", "dp", "cp", "pp")}
+    if world < 4:
+        return alone
+    half = world // 2
+    pairs = [("pp", "ep"), ("pp", "dp"), ("cp", "ep"), ("dp", "ep")]
+    return alone | {f"{a}=2,{b}={half}": MeshConfig(**{a: 2, b: half}) for a, b in pairs}
+
+
+def equal_to_one(config: Config, rank: int, world: int, device: torch.device) -> dict[str, dict]:
+    """Three steps in fp32 on each mesh against three on this GPU alone; the worst rank's differences."""
+    found = {}
+    for name, mesh in meshes(world).items():
+        fitted = fit_config(dataclasses.replace(config, mesh=mesh), world)
+        reference = reference_config(fitted, fit_axes(mesh, world).batch_ranks)
+        wanted = trace(reference, Mesh(fit_axes(MeshConfig(), 1), device=device), 3)
+        ours = compare(trace(fitted, make_mesh(mesh, rank, world, device), 3), wanted)
+        every = [None] * world
+        dist.all_gather_object(every, ours)
+        worst = max(every, key=lambda c: c.largest)
+        found[name] = {"largest": worst.largest, **worst._asdict(), "equal": worst.largest < 1e-5}
+        if rank == 0:
+            print(f"{name:14} largest difference {worst.largest:.1e} ({worst.name})", flush=True)
+    return found
+
+
+def speed(config: Config, mesh: Mesh, rows: int, steps: int = 8) -> dict:
+    """Tokens a second and GPU of `rows` sequences a GPU in bf16; what NCCL's kernels took of one step."""
+    size = mesh.axes.batch_ranks * mesh.axes.pp
+    batch = rows * size
+    micro = 1 if mesh.axes.pp > 1 else rows
+    train = dataclasses.replace(config.train, batch_size=batch, micro_batch_size=micro)
+    config = dataclasses.replace(config, train=train)
+    learner = Learner(config, mesh, torch.bfloat16)
+    batches = RandomBatches(config.model.vocab_size, train.sequence_length, batch)
+    held = [read_microbatches(batches, step, micro, mesh) for step in range(2)]
+    seconds = []
+    for step in range(steps):
+        start = time.perf_counter()
+        learner.step(held[step % 2], 1e-4)
+        seconds.append(time.perf_counter() - start)
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA if CUDA else ProfilerActivity.CPU]) as recorder:
+        learner.step(held[0], 1e-4)
+    nccl = {e.key: e.self_device_time_total / 1e3 for e in recorder.key_averages() if "nccl" in e.key.lower()}
+    median = statistics.median(seconds[2:])
+    return {
+        "tokens_per_second_per_gpu": batch * train.sequence_length / median / mesh.world_size,
+        "seconds": median,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if CUDA else None,
+        "nccl_ms": nccl,
+    }
+
+
+def speeds(rank: int, world: int, device: torch.device) -> dict[str, dict]:
+    """Each published shape on one GPU, on all by expert and by pipeline parallelism, the same work for each GPU."""
+    found = {}
+    for name, layers, rows in (("deepseek-v2-lite", 5, 2), ("qwen3-30b-a3b", 4, 2)) if CUDA else (("tiny", 4, 2),):
+        config = load_config(ROOT / "configs" / f"{name}.toml", [])
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, layers=layers, tie_embeddings=False)
+        )
+        alone = Mesh(fit_axes(MeshConfig(), 1), device=device)
+        plans = {
+            "one GPU": (alone, rows),
+            f"ep={world}": (MeshConfig(ep=world), rows),
+            f"pp={world}": (MeshConfig(pp=world), 4),
+        }
+        plans |= {"one GPU, 4 rows": (alone, 4)}
+        for label, (mesh, count) in plans.items():
+            if CUDA:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            if isinstance(mesh, MeshConfig):
+                config = dataclasses.replace(config, mesh=mesh)
+                mesh = make_mesh(mesh, rank, world, device)
+            try:
+                found[f"{name}, {label}"] = speed(config, mesh, count)
+            except torch.OutOfMemoryError:
+                found[f"{name}, {label}"] = {"out_of_memory": True}
+            dist.barrier()
+            if rank == 0:
+                print(name, label, json.dumps(found[f"{name}, {label}"])[:300], flush=True)
+    return found
+
+
+def kill_one(world: int) -> dict:
+    """Seconds from the SIGKILL of a rank in the middle of training to the end of its job, and how it ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable,
+            "-m",
+            "pithtrain.cli",
+            "launch",
+            "--nproc",
+            str(world),
+            str(ROOT / "configs/tiny.toml"),
+        ]
+        command += [
+            "--run.folder",
+            folder,
+            "--data.folder",
+            f"{folder}/data",
+            "--mesh.ep",
+            str(world),
+            "--train.steps",
+            "100000",
+        ]
+        command += ["--train.micro_batch_size", "1"]
+        job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        metrics = Path(folder) / "tiny" / "metrics.jsonl"
+        deadline = time.monotonic() + 240
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        ranks = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+        start = time.monotonic()
+        os.kill(int(ranks[-1]), signal.SIGKILL)
+        output, _ = job.communicate(timeout=120)
+        return {"seconds": time.monotonic() - start, "code": job.returncode, "said": output.strip().splitlines()[-4:]}
+
+
+def main() -> None:
+    rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = torch.device("cuda", local) if CUDA else torch.device("cpu")
+    if CUDA:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if CUDA else "gloo", timeout=datetime.timedelta(seconds=120))
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if CUDA else "CPU",
+        "ranks": world,
+        "torch": torch.__version__,
+    }
+    out = Path(sys.argv[1])
+    config = load_config(ROOT / "configs" / "tiny.toml", [])
+
+    def save() -> None:
+        if rank == 0:
+            out.write_text(json.dumps(result, indent=1) + "\n")
+
+    result["equal"] = equal_to_one(config, rank, world, device)
+    save()
+    result["speed"] = speeds(rank, world, device)
+    save()
+    dist.destroy_process_group()
+    if rank == 0:
+        result["killed"] = kill_one(world)
+        print(result["killed"])
+        save()
+    sys.exit(0 if all(r["equal"] for r in result["equal"].values()) else 1)
+
+
+main()
