@@ -7,7 +7,7 @@ AGENT  := $(VENV)/mini/.ready
 DOCS   := $(VENV)/.ready-docs
 
 .DEFAULT_GOAL := help
-.PHONY: test-eval help setup agent train export check sync notebooks test test-notebooks test-docs lint docs docs-serve bench clean
+.PHONY: sandbox browser test-eval help setup agent train export check sync notebooks test test-notebooks test-docs lint docs docs-serve bench clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -25,7 +25,7 @@ $(AGENT): tests/ate_bench/mini.txt $(READY)
 	$(VENV)/mini/bin/python -m pip install -q --disable-pip-version-check --no-deps -r tests/ate_bench/mini.txt
 	@touch $(AGENT)
 
-# What builds the site and looks at it; the browser is the system's own chromium.
+# What builds the site and looks at it.
 $(DOCS): $(READY)
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $(DOCS)
@@ -62,10 +62,24 @@ docs: $(DOCS)  ## run the notebooks and build the site, docs/_build/html
 docs-serve: docs  ## build the site and show it on http://localhost:8000
 	@$(PY) -m http.server --bind 127.0.0.1 --directory docs/_build/html 8000
 
-test-docs: docs  ## build the site and look at every page in a headless chromium
+# The system's own chromium, since a browser that Playwright brings is not a package.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; \
+	then apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends chromium; \
+	else echo 'test-docs needs a browser: install chromium (Debian: sudo apt-get install chromium)' >&2; exit 1; fi
+
+test-docs: browser docs  ## build the site and look at every page in a headless chromium
 	@$(PY) -m pytest tests/docs -n 2
 
-test: check lint $(AGENT)  ## everything that needs no GPU
+# Agents are confined by bubblewrap.
+sandbox:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v bwrap >/dev/null; \
+	then apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends bubblewrap; fi || true
+	@bwrap --unshare-all --ro-bind / / true 2>/dev/null || \
+	echo 'bubblewrap is not installed, or not allowed here: the tests of the sandbox are skipped' >&2
+
+test: check lint sandbox $(AGENT)  ## everything that needs no GPU
 	@$(PY) -m pytest tests --ignore=tests/notebooks --ignore=tests/docs -n 2 --durations=12
 	@$(MAKE) --no-print-directory test-notebooks
 

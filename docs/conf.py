@@ -62,7 +62,7 @@ def link_names(app, doctree):
 
 
 def clear(text: str) -> bool:
-    """Whether a name can only be the package's: `run` may be anything, `run()`, `GroupRouter` and `all_to_all` not."""
+    """Whether a name can only be the package's: `run` may be anything, `run()`, `RMSNorm` and `all_to_all` not."""
     return text.endswith("()") or "." in text or "_" in text or text != text.lower()
 
 
@@ -83,10 +83,9 @@ def add_downloads(app, pagename, templatename, context, doctree):
     if doctree is None or "body" not in context:
         return
     name = pagename.rpartition("/")[2]
-    links = [] if pagename.startswith("api/") else [(f"{name}.ipynb", "Notebook (.ipynb)", " download")]
-    links.append((f"{name}.md", "Markdown", ""))
-    if pagename.startswith("nbs/"):
-        links.append((f"{name}.py", "Source (.py)", ""))
+    code = pagename.startswith("nbs/") or pagename.removeprefix("api/") in modules(ROOT)
+    links = [(f"{name}.ipynb", "Notebook (.ipynb)", " download"), (f"{name}.md", "Markdown", "")]
+    links.append((f"{name}.py", "Source (.py)", "") if code else (f"{name}.source.md", "Source (.md)", ""))
     row = "".join(f'<a href="{file}"{extra}>{label}</a>' for file, label, extra in links)
     head, close, rest = context["body"].partition("</h1>")
     context["body"] = f'{head}{close}<p class="page-links">{row}</p>{rest}' if close else context["body"]

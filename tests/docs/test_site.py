@@ -66,7 +66,7 @@ def address() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator["sync_api.Browser"]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.fail("no chromium on the PATH: apt-get install chromium", pytrace=False)
     with sync_api.sync_playwright() as playwright:
@@ -156,9 +156,11 @@ def test_a_page_has_its_twins_and_figures_are_described(page: str):
     assert all(image.get("alt", "").strip() for image in parsed(page).images)
     assert (SITE / f"{name}.md").read_text(encoding="utf-8").strip()
     assert f"({name}.md)" in (SITE / "llms.txt").read_text(encoding="utf-8")
-    if not name.startswith("api/"):
-        notebook = json.loads((SITE / f"{name}.ipynb").read_text(encoding="utf-8"))
-        assert notebook["cells"]
+    notebook = json.loads((SITE / f"{name}.ipynb").read_text(encoding="utf-8"))
+    assert notebook["cells"]
+    last = name.rpartition("/")[2]
+    source = f"{last}.py" if (SITE / f"{name}.py").exists() else f"{last}.source.md"
+    assert {f"{last}.ipynb", f"{last}.md", source} <= set(parsed(page).links)
     if name.startswith("nbs/"):
         source = (REPOSITORY / f"{name}.py").read_text(encoding="utf-8")
         assert (SITE / f"{name}.py").read_text(encoding="utf-8") == source
