@@ -80,7 +80,7 @@ sandbox:
 	echo 'bubblewrap is not installed, or not allowed here: the tests of the sandbox are skipped' >&2
 
 test: check lint sandbox $(AGENT)  ## everything that needs no GPU
-	@$(PY) -m pytest tests --ignore=tests/notebooks --ignore=tests/docs -n 2 --durations=12
+	@$(PY) -m pytest tests --ignore=tests/notebooks --ignore=tests/docs -n 2 -vv --durations=12
 	@$(MAKE) --no-print-directory test-notebooks
 
 test-eval: $(READY)  ## install the extra eval (640 MB); let the evaluation harness itself ask a model

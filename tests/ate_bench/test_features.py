@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -45,17 +46,6 @@ def test_there_are_four_features_with_both_variants():
             assert "## The interface" in told and "`build_layer(" in told and sign in told
 
 
-CHEAT = """
-import os
-for number in range(3, 64):
-    try:
-        os.write(number, b"PASS 4 cases")
-    except OSError:
-        pass
-os._exit(0)
-
-
-"""
 WRONG = [
     ("zero_experts", "if previous is not None:", "if False:", "logits is off by"),
     ("zero_experts", "(a[:, :1] * tokens + a", "(tokens + a", "output is off by"),
@@ -78,15 +68,6 @@ WRONG = [
     ("block_attention", "min(self.top_blocks, blocks)", "min(self.top_blocks + 1, blocks)", "output is off by"),
     ("block_attention", "(positions <= positions[:, None])", "(positions >= 0)", "output is off by"),
     ("block_attention", "    @torch.no_grad()\n    def seen", "    def seen", "PASS"),  # a choice has no gradient
-    # Code that says PASS itself, and ends the process before it is compared with anything.
-    (
-        "zero_experts",
-        "class Matrix",
-        "print('PASS 4 cases')\nimport os\nos._exit(0)\n\n\nclass Matrix",
-        "ended its check",
-    ),
-    ("zero_experts", "class Matrix", "raise SystemExit(0)\n\n\nclass Matrix", "SystemExit"),
-    ("zero_experts", "class Matrix", CHEAT + "class Matrix", "ended its check"),
     ("dynamic_experts", "(1 + soft - soft.detach())", "soft", "output is off by"),
     ("dynamic_experts", "(1 + soft - soft.detach())", "(1 + 0 * soft)", "gradient of"),
     ("dynamic_experts", "if self.training:", "if True:", "in evaluation"),
@@ -108,6 +89,36 @@ def test_the_equations_pass_the_reference_and_no_other(
     said, left = checked(checker, tmp_path, COMMON, capsys=capsys, monkeypatch=monkeypatch)
     right = reason == "PASS"
     assert said.startswith("PASS" if right else "FAIL ") and reason in said and left == (0 if right else 1), said
+
+
+CHEATS = {
+    "prints": "print('PASS 4 cases', flush=True)\nimport os\nos._exit(0)\n\n\n",
+    "leaves": "raise SystemExit(0)\n\n\n",
+    "writes": """
+import os
+for number in range(3, 64):
+    try:
+        os.write(number, b"PASS 4 cases")
+    except OSError:
+        pass
+os._exit(0)
+
+
+""",
+}
+
+
+@pytest.mark.parametrize(("cheat", "reason"), [("prints", "ended"), ("leaves", "SystemExit"), ("writes", "ended")])
+def test_code_that_says_pass_and_ends_its_process_has_said_nothing(cheat: str, reason: str, tmp_path: Path):
+    code = solution("zero_experts").replace("class Matrix", CHEATS[cheat] + "class Matrix", 1)
+    (tmp_path / "ate_feature.py").write_text(code)
+    checker = load_task("feature/zero_experts").folder / "equations.py"
+    # In a process of its own: one of the cheats writes to every open file, pytest's own pipes among them.
+    done = subprocess.run(
+        [sys.executable, checker, tmp_path, COMMON], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    said = done.stdout.strip().splitlines()[-1]
+    assert said.startswith("FAIL ") and reason in said and done.returncode == 1, done.stdout + done.stderr
 
 
 RECORDED = """

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from pithtrain.config import Config, MeshConfig, load_config
 from pithtrain.parallel.mesh import Mesh, fit_axes, make_mesh
+from pithtrain.parallel.pipeline.engine import in_turn
 from pithtrain.train.step import Learner, read_microbatches
 from pithtrain.verify import RandomBatches, compare, fit_config, reference_config, trace
 
@@ -32,17 +33,16 @@ os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast stays off
 
 def meshes(world: int) -> dict[str, MeshConfig]:
     """Every axis alone over all GPUs, and what two axes can share."""
-    alone = {f"{axis}={world}": MeshConfig(**{axis: world}) for axis in ("ep", "dp", "cp", "pp")}
-    if world < 4:
-        return alone
-    half = world // 2
-    pairs = [("pp", "ep"), ("pp", "dp"), ("cp", "ep"), ("dp", "ep")]
-    return alone | {f"{a}=2,{b}={half}": MeshConfig(**{a: 2, b: half}) for a, b in pairs}
+    found = {f"{axis}={world}": MeshConfig(**{axis: world}) for axis in ("ep", "dp", "cp", "pp")}
+    if world >= 4:
+        half = world // 2
+        pairs = [("cp", "ep"), ("dp", "ep"), ("pp", "dp"), ("pp", "ep")]
+        found |= {f"{a}=2,{b}={half}": MeshConfig(**{a: 2, b: half}) for a, b in pairs}
+    return found
 
 
-def equal_to_one(config: Config, rank: int, world: int, device: torch.device) -> dict[str, dict]:
-    """Three steps in fp32 on each mesh against three on this GPU alone; the worst rank's differences."""
-    found = {}
+def equal_to_one(config: Config, rank: int, world: int, device: torch.device, found: dict[str, dict]) -> None:
+    """Three steps in fp32 on each mesh against three on this GPU alone; `found` gets the worst rank's differences."""
     for name, mesh in meshes(world).items():
         fitted = fit_config(dataclasses.replace(config, mesh=mesh), world)
         reference = reference_config(fitted, fit_axes(mesh, world).batch_ranks)
@@ -54,17 +54,35 @@ def equal_to_one(config: Config, rank: int, world: int, device: torch.device) ->
         found[name] = {"largest": worst.largest, **worst._asdict(), "equal": worst.largest < 1e-5}
         if rank == 0:
             print(f"{name:14} largest difference {worst.largest:.1e} ({worst.name})", flush=True)
+
+
+def hidden(events: list) -> dict[str, list[float]]:
+    """By kind of NCCL kernel: its milliseconds, and how many of them lay under some other kernel of the GPU."""
+    spans = [(e.name, e.time_range.start, e.time_range.end) for e in events if str(e.device_type).endswith("CUDA")]
+    merged: list[list[float]] = []
+    for _, start, end in sorted((s for s in spans if "nccl" not in s[0].lower()), key=lambda s: s[1]):
+        if merged and start <= merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], end)
+        else:
+            merged.append([start, end])
+    found: dict[str, list[float]] = {}
+    for name, start, end in spans:
+        if "nccl" in name.lower():
+            total = found.setdefault(name.split("(")[0], [0.0, 0.0])
+            total[0] += (end - start) / 1e3
+            total[1] += sum(max(0.0, min(end, b) - max(start, a)) for a, b in merged) / 1e3
     return found
 
 
-def speed(config: Config, mesh: Mesh, rows: int, steps: int = 8) -> dict:
-    """Tokens a second and GPU of `rows` sequences a GPU in bf16; what NCCL's kernels took of one step."""
+def speed(config: Config, mesh: Mesh, rows: int, micro: int, overlap: bool = True, steps: int = 8) -> dict:
+    """Tokens a second and GPU in bf16, of `rows` sequences a GPU, `micro` at a time; and NCCL's share of a step."""
     size = mesh.axes.batch_ranks * mesh.axes.pp
     batch = rows * size
-    micro = 1 if mesh.axes.pp > 1 else rows
     train = dataclasses.replace(config.train, batch_size=batch, micro_batch_size=micro)
     config = dataclasses.replace(config, train=train)
     learner = Learner(config, mesh, torch.bfloat16)
+    if not overlap:
+        learner.engine.overlap = in_turn
     batches = RandomBatches(config.model.vocab_size, train.sequence_length, batch)
     held = [read_microbatches(batches, step, micro, mesh) for step in range(2)]
     seconds = []
@@ -76,32 +94,31 @@ def speed(config: Config, mesh: Mesh, rows: int, steps: int = 8) -> dict:
 
     with profile(activities=[ProfilerActivity.CUDA if CUDA else ProfilerActivity.CPU]) as recorder:
         learner.step(held[0], 1e-4)
-    nccl = {e.key: e.self_device_time_total / 1e3 for e in recorder.key_averages() if "nccl" in e.key.lower()}
     median = statistics.median(seconds[2:])
     return {
         "tokens_per_second_per_gpu": batch * train.sequence_length / median / mesh.world_size,
         "seconds": median,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if CUDA else None,
-        "nccl_ms": nccl,
+        "nccl_ms_and_hidden": hidden(recorder.events()),
     }
 
 
-def speeds(rank: int, world: int, device: torch.device) -> dict[str, dict]:
+def speeds(rank: int, world: int, device: torch.device, found: dict[str, dict]) -> None:
     """Each published shape on one GPU, on all by expert and by pipeline parallelism, the same work for each GPU."""
-    found = {}
-    for name, layers, rows in (("deepseek-v2-lite", 5, 2), ("qwen3-30b-a3b", 4, 2)) if CUDA else (("tiny", 4, 2),):
+    for name, layers, rows in (("deepseek-v2-lite", 5, 4), ("qwen3-30b-a3b", 4, 4)) if CUDA else (("tiny", 4, 2),):
         config = load_config(ROOT / "configs" / f"{name}.toml", [])
         config = dataclasses.replace(
             config, model=dataclasses.replace(config.model, layers=layers, tie_embeddings=False)
         )
         alone = Mesh(fit_axes(MeshConfig(), 1), device=device)
         plans = {
-            "one GPU": (alone, rows),
-            f"ep={world}": (MeshConfig(ep=world), rows),
-            f"pp={world}": (MeshConfig(pp=world), 4),
+            "one GPU": (alone, rows, rows),
+            f"ep={world}": (MeshConfig(ep=world), rows, rows),
+            "one GPU, microbatches": (alone, 8, 2),
+            f"pp=2,ep={world // 2}": (MeshConfig(pp=2, ep=world // 2), 8, 2),
+            f"pp=2,ep={world // 2}, in turn": (MeshConfig(pp=2, ep=world // 2), 8, 2),
         }
-        plans |= {"one GPU, 4 rows": (alone, 4)}
-        for label, (mesh, count) in plans.items():
+        for label, (mesh, count, micro) in plans.items():
             if CUDA:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
@@ -109,13 +126,12 @@ def speeds(rank: int, world: int, device: torch.device) -> dict[str, dict]:
                 config = dataclasses.replace(config, mesh=mesh)
                 mesh = make_mesh(mesh, rank, world, device)
             try:
-                found[f"{name}, {label}"] = speed(config, mesh, count)
+                found[f"{name}, {label}"] = speed(config, mesh, count, micro, "in turn" not in label)
             except torch.OutOfMemoryError:
                 found[f"{name}, {label}"] = {"out_of_memory": True}
             dist.barrier()
             if rank == 0:
-                print(name, label, json.dumps(found[f"{name}, {label}"])[:300], flush=True)
-    return found
+                print(name, label, json.dumps(found[f"{name}, {label}"])[:600], flush=True)
 
 
 def kill_one(world: int) -> dict:
@@ -158,7 +174,7 @@ def main() -> None:
     device = torch.device("cuda", local) if CUDA else torch.device("cpu")
     if CUDA:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if CUDA else "gloo", timeout=datetime.timedelta(seconds=120))
+    dist.init_process_group("nccl" if CUDA else "gloo", timeout=datetime.timedelta(seconds=60))
     result = {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if CUDA else "CPU",
@@ -166,16 +182,17 @@ def main() -> None:
         "torch": torch.__version__,
     }
     out = Path(sys.argv[1])
-    config = load_config(ROOT / "configs" / "tiny.toml", [])
+    config = load_config(ROOT / "configs" / "tiny.toml", [("model.layers", str(2 * world))])
 
     def save() -> None:
         if rank == 0:
             out.write_text(json.dumps(result, indent=1) + "\n")
 
-    result["equal"] = equal_to_one(config, rank, world, device)
-    save()
-    result["speed"] = speeds(rank, world, device)
-    save()
+    try:
+        equal_to_one(config, rank, world, device, result.setdefault("equal", {}))
+        speeds(rank, world, device, result.setdefault("speed", {}))
+    finally:
+        save()
     dist.destroy_process_group()
     if rank == 0:
         result["killed"] = kill_one(world)
