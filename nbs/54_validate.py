@@ -197,8 +197,13 @@ def edit(rank, change):
     return replace(good, ranks=tuple(map(tuple, lists)))
 
 
-def swap(i, j):
+def drop(name):
+    return lambda actions: actions.pop(list(map(str, actions)).index(name))
+
+
+def swap(*names):
     def change(actions):
+        i, j = (list(map(str, actions)).index(name) for name in names)
         actions[i], actions[j] = actions[j], actions[i]
 
     return change
@@ -207,11 +212,11 @@ def swap(i, j):
 print(*good.ranks[0])
 print(*good.ranks[1], "\n")
 mistakes = {
-    "a pass left out": edit(0, lambda a: a.pop(3)),
-    "a receive left out": edit(1, lambda a: a.pop(0)),
-    "parameters gathered late": edit(0, swap(0, 1)),
-    "backward before its gradient": edit(0, swap(6, 7)),
-    "reduced too early": edit(0, swap(-3, -2)),
+    "a pass left out": edit(0, drop("0F1")),
+    "a receive left out": edit(1, drop("[1RECV_F0]")),
+    "parameters gathered late": edit(0, swap("0UNSHARD", "0F0")),
+    "backward before its gradient": edit(0, swap("[0RECV_B0]", "0B0")),
+    "reduced too early": edit(0, swap("0B1", "0REDUCE")),
 }
 for name, broken in mistakes.items():
     try:
