@@ -267,8 +267,8 @@ def verify(configs: Sequence[Config], world_size: int, steps: int = 3, prepare: 
             torch.save(traces[reference], Path(folder) / f"reference-{number}")
         torch.set_num_threads(threads)
         mp.get_context("forkserver").set_forkserver_preload(["pithtrain.verify"])  # torch is imported once
-        arguments = (configs, world_size, steps, prepare, folder)
-        mp.start_processes(run_rank, arguments, world_size, start_method="forkserver")
+        method = "spawn" if torch.cuda.is_available() else "forkserver"  # CUDA fails in forks of who asked for it
+        mp.start_processes(run_rank, (configs, world_size, steps, prepare, folder), world_size, start_method=method)
         return torch.load(f"{folder}/result", weights_only=False)
 
 

@@ -363,6 +363,14 @@ def test_the_command_keeps_what_the_config_says_of_the_mesh(tmp_path, capsys):
     assert "on 2 processes (pp=2,schedule=gpipe)" in capsys.readouterr().out
 
 
+@pytest.mark.gpu
+def test_gpu_beside_a_gpu_the_cpu_is_verified(tmp_path, capsys):
+    config = tmp_path / "small.toml"
+    config.write_text(TOML)
+    assert cli.main(["verify", str(config), "--mesh", "ep=2"]) == 0
+    assert "PASS" in capsys.readouterr().out
+
+
 def test_rows_do_not_depend_on_the_batch():
     batches = RandomBatches(300, 8, 4)
     rows = batches.rows(3)

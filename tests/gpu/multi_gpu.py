@@ -5,6 +5,7 @@
 Any number of GPUs. Without a GPU it runs on the CPU through gloo, small, as a rehearsal of itself.
 """
 
+import argparse
 import dataclasses
 import datetime
 import json
@@ -27,6 +28,7 @@ from pithtrain.train.step import Learner, read_microbatches
 from pithtrain.verify import RandomBatches, compare, fit_config, reference_config, trace
 
 ROOT = Path(__file__).parents[2]
+PARTS = ["equal", "speed", "killed"]
 CUDA = torch.cuda.is_available()
 os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast stays off
 
@@ -137,32 +139,18 @@ def speeds(rank: int, world: int, device: torch.device, found: dict[str, dict]) 
 def kill_one(world: int) -> dict:
     """Seconds from the SIGKILL of a rank in the middle of training to the end of its job, and how it ended."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "pithtrain.cli",
-            "launch",
-            "--nproc",
-            str(world),
-            str(ROOT / "configs/tiny.toml"),
-        ]
-        command += [
-            "--run.folder",
-            folder,
-            "--data.folder",
-            f"{folder}/data",
-            "--mesh.ep",
-            str(world),
-            "--train.steps",
-            "100000",
-        ]
-        command += ["--train.micro_batch_size", "1"]
+        command = f"{sys.executable} -m pithtrain.cli launch --nproc {world} configs/tiny.toml".split()
+        command += f"--run.folder {folder} --data.folder {folder}/data --mesh.ep {world}".split()
+        command += ["--train.steps", "100000", "--train.micro_batch_size", "1"]
         job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         metrics = Path(folder) / "tiny" / "metrics.jsonl"
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 120
         while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5) and time.monotonic() < deadline:
             time.sleep(0.2)
         ranks = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+        if not metrics.exists():
+            job.kill()
+            return {"seconds": None, "said": job.communicate()[0].strip().splitlines()[-8:]}
         start = time.monotonic()
         os.kill(int(ranks[-1]), signal.SIGKILL)
         output, _ = job.communicate(timeout=120)
@@ -170,35 +158,42 @@ def kill_one(world: int) -> dict:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("json", type=Path, help="what is measured is added to this file")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    options = parser.parse_args()
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = torch.device("cuda", local) if CUDA else torch.device("cpu")
     if CUDA:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if CUDA else "gloo", timeout=datetime.timedelta(seconds=60))
-    result = {
+    result = json.loads(options.json.read_text()) if options.json.exists() else {}
+    about = {
         "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if CUDA else "CPU",
-        "ranks": world,
-        "torch": torch.__version__,
+        "device": f"{world} x {torch.cuda.get_device_name()}" if CUDA else f"CPU, {world} processes",
+        "versions": {"torch": torch.__version__},
     }
-    out = Path(sys.argv[1])
-    config = load_config(ROOT / "configs" / "tiny.toml", [("model.layers", str(2 * world))])
+    result = about | result
 
     def save() -> None:
         if rank == 0:
-            out.write_text(json.dumps(result, indent=1) + "\n")
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
 
+    # As many layers as DualPipeV has stages on all ranks.
+    config = load_config(ROOT / "configs" / "tiny.toml", [("model.layers", str(2 * world))])
     try:
-        equal_to_one(config, rank, world, device, result.setdefault("equal", {}))
-        speeds(rank, world, device, result.setdefault("speed", {}))
+        if "equal" in options.parts:
+            equal_to_one(config, rank, world, device, result.setdefault("equal", {}))
+        if "speed" in options.parts:
+            speeds(rank, world, device, result.setdefault("speed", {}))
     finally:
         save()
     dist.destroy_process_group()
-    if rank == 0:
-        result["killed"] = kill_one(world)
+    if rank == 0 and "killed" in options.parts:
+        result["killed"] = about | kill_one(world)
         print(result["killed"])
         save()
-    sys.exit(0 if all(r["equal"] for r in result["equal"].values()) else 1)
+    sys.exit(0 if all(r["equal"] for r in result.get("equal", {}).values()) else 1)
 
 
 main()
