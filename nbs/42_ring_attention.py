@@ -426,9 +426,8 @@ fig
 # The line falls: from some thousand tokens a rank on, the forward exchange of a hop fits under its compute
 # even between hosts. Where the curve is above a dotted line, the ring waits for its wires.
 #
-# What cutting and merging cost by themselves was measured on one H100 (torch 2.11, bf16, the same layer, 32,768
-# tokens, the other ranks' blocks at hand so that nothing travels): one of four ranks takes 5.4 ms forward and
-# 12.6 ms backward; a quarter of the whole computed at once takes 3.5 and 10.0.
+# Cutting and merging have a price of their own, even where nothing travels: each of the smaller calls fills the GPU
+# worse than one large one, and every hop merges its piece into the sum.
 #
 # Yours to do: [merge two softmaxes](exercises/42_ring.py). Next: how the parameters themselves are
 # spread: [sharding](43_sharding.py).

@@ -297,7 +297,8 @@ fig
 # ## On a GPU
 #
 # Four layers of [Qwen3-30B-A3B](https://arxiv.org/abs/2505.09388), which one H100 holds with float32 weights, gradients
-# and averages (`pithtrain bench step configs/qwen3-30b-a3b.toml --model.layers 4 --json FILE` measures it anew):
+# and averages. To measure it anew: `pithtrain bench step configs/qwen3-30b-a3b.toml --model.layers 4
+# --train.batch_size 4 --json FILE`.
 
 # %%
 import json
