@@ -306,11 +306,11 @@ def floor_products(problem: Problem) -> Callable[[], None]:
 # %% [markdown]
 # ## Timing
 #
-# A graphics card's clock follows the power it has just drawn, so each entrant is measured in its own steady state:
-# it runs for a third of a second before anything counts. A card also warms up and cools down over seconds (`turns_ms`
-# in the files shows it), so all take turns, three times over. On a GPU the clock is the GPU's own events, a fresh 256 MB is written before each repetition to empty the cache, and the host runs ahead, as
-# it does in training. The median is reported. Peak memory is what one pass holds beyond weights, tokens and output
-# gradient.
+# A graphics card's clock follows the power it has just drawn, so each entrant is measured in its own steady state: it
+# runs for a third of a second before anything counts. A card also warms up and cools down over seconds (`turns_ms` in
+# the files shows it), so all take turns, three times over. On a GPU the clock is the GPU's own events, a fresh 256 MB
+# is written before each repetition to empty the cache, and the host runs ahead, as it does in training. The median is
+# reported. Peak memory is what one pass holds beyond weights, tokens and output gradient.
 
 
 # %%
