@@ -153,8 +153,9 @@ print(f"a whole backward took {sum(fitted.backward) / halves:.2f} of its two hal
 # %% [markdown]
 # The two agree well up to the last backwards, where the recorded step falls behind. On a CPU nothing travels under
 # compute, so overlapped pairs have nothing to save; they took a little longer than their parts, and the model, which
-# knows gains alone, leaves `hidden` at zero. In this record the halves of a backward cost far more than a whole one: it
-# was made when hand-written gradients were computed in both halves, [wanted](10_triton.py) or not.
+# knows gains alone, leaves `hidden` at zero. The two halves of a backward cost more than a whole one: a hand-written
+# gradient that holds several weights, as that of [the experts](22_experts.py) does, goes through what lies between them
+# in both.
 
 # %% [markdown]
 # ## A step to run anywhere

@@ -298,7 +298,7 @@ fig
 #
 # Four layers of [Qwen3-30B-A3B](https://arxiv.org/abs/2505.09388), which one H100 holds with float32 weights, gradients
 # and averages. To measure it anew: `pithtrain bench step configs/qwen3-30b-a3b.toml --model.layers 4
-# --train.batch_size 4 --json FILE`.
+# --train.batch_size 4 --train.micro_batch_size 4 --json FILE`.
 
 # %%
 import json
