@@ -47,7 +47,7 @@ RUN = [name for name, found in SAMPLES.items() if any(language not in ("", "text
 SHORTER = {
     "--gib 0.5 1 2 4": "--gib 0.02",
     "train CONFIG": "train configs/tiny.toml",
-    "torchtitan/torchtitan megatron/megatron": "ate_bench",
+    "/tmp/ate/torchtitan/torchtitan /tmp/ate/megatron-core/megatron": "ate_bench",
 }
 SRUN = """\
 export SLURM_JOB_ID=1 SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=1 SLURM_STEP_NODELIST=localhost
@@ -100,7 +100,7 @@ def checkout(tmp_path: Path) -> Path:
 
 def bash(text: str, here: Path) -> None:
     """Run commands; those of `.ci/run` are left to it."""
-    mine = [line for line in (REPOSITORY / ".ci/run").read_text().splitlines() if line.startswith("make ")]
+    mine = re.findall(r"^ *(make \S+)$", (REPOSITORY / ".ci/run").read_text(), re.M)
     lines = [line for line in text.splitlines() if line.partition("#")[0].strip() not in mine]
     said = "\n".join(lines)
     for long, short in SHORTER.items():
