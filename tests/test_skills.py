@@ -39,7 +39,7 @@ def test_the_command_that_says_pass_does(tmp_path: Path):
     """The cheap one; others are run by the tests of what they name, or train on several processes."""
     text = (REPOSITORY / ".agents" / "skills" / "plan-memory" / "SKILL.md").read_text()
     command = re.search(r"```\n(.+?)```", text.split("## PASS or FAIL")[1], re.DOTALL)[1]
-    command = command.replace(".venv/bin", str(Path(sys.executable).parent)).replace("/tmp/", f"{tmp_path}/")
+    command = command.replace("/tmp/", f"{tmp_path}/").replace(".venv/bin", str(Path(sys.executable).parent))
     done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.stdout.strip().splitlines()[-1].startswith("PASS"), done.stdout + done.stderr
 
