@@ -787,12 +787,11 @@ if home:
 
 # %% [markdown]
 # What was tried and lost: two smaller tiles at a time on each multiprocessor, so that one writes while the other
-# multiplies (the activation's gradient took 1.44 ms instead of 1.05: small tiles read the cache too often); fetching
-# `hidden` into the cache ahead of the epilogue (1.16); starting programs at staggered times (no gain, and much
-# slower where the delay is long: programs in step share what they read); Triton 3.6's automatic warp specialisation
-# (it compiled, and hung); tiles of 128 x 192, which divide 2,880 without a rest, as two products in one loop (*down*
-# of the GPT-OSS shape took 2.4 ms instead of 1.8); descriptors for what *up* stores (no gain for any shape) and for
-# what *d activated* stores (1.2 ms instead of 1.06).
+# multiplies (small tiles read the cache too often); fetching `hidden` into the cache ahead of the epilogue; starting
+# programs at staggered times (no gain, and much slower where the delay is long: programs in step share what they
+# read); Triton 3.6's automatic warp specialisation (it compiled, and hung); tiles of 128 x 192, which divide 2,880
+# without a rest, as two products in one loop; descriptors for what *up* stores (no gain for any shape) and for what
+# *d activated* stores (slower).
 
 # %% [markdown]
 # How fast it is on a GPU, against the bare matrix products and other implementations, is in
