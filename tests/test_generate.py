@@ -24,7 +24,8 @@ FAMILIES = {
     "deepseek-v2-lite": test_deepseek.SHAPES["V2-Lite"][0],
     "deepseek-v3": test_deepseek.SHAPES["V3"][0],
     "gpt-oss": test_gpt_oss.BASE,
-    "qwen3.5-moe": test_qwen3_5_moe.BASE,
+    # Mild: with a smaller epsilon, weights nudged by one rounding error move a token's logits by 4e-5.
+    "qwen3.5-moe": replace(test_qwen3_5_moe.BASE, **test_qwen3_5_moe.MILD),
 }
 
 
@@ -61,9 +62,7 @@ def test_decoding_is_full_recomputation_token_for_token(name, prompt, context):
     cached, seen = seen, []
     assert found == list(islice(recompute(model, tokens, context, greedy), 25))
     assert len(set(found)) > 2, "a model that repeats itself shows nothing"
-    # In the delta rule, a token here and there meets rounding 30 times as hard as all others.
-    tolerance = 1e-4 if name == "qwen3.5-moe" else 2e-5
-    assert max(families.error(a, b) for a, b in zip(cached, seen, strict=True)) < tolerance
+    assert max(families.error(a, b) for a, b in zip(cached, seen, strict=True)) < 2e-5
 
 
 @pytest.mark.parametrize("name", FAMILIES)
