@@ -52,9 +52,12 @@ notebooks: $(READY)  ## write the .ipynb twin of every notebook
 lint: $(READY)  ## ruff over notebooks, tests and tools
 	@$(PY) -m ruff check nbs tests tools && $(PY) -m ruff format --check nbs tests tools
 
+# Two workers on two cores: threads that outnumber the cores wait for one another.
+test test-notebooks: export OMP_NUM_THREADS = 1
+
 test-notebooks: notebooks  ## run every notebook, as a script and under nbdev's runner
 	@$(PY) -m pytest tests/notebooks -n 2
-	@OMP_NUM_THREADS=1 $(VENV)/bin/nbdev_test --path nbs --n_workers 2
+	@$(VENV)/bin/nbdev_test --path nbs --n_workers 2
 
 docs: $(DOCS)  ## run the notebooks and build the site, docs/_build/html
 	@$(PY) tools/docs.py
