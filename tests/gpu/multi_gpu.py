@@ -58,26 +58,8 @@ def equal_to_one(config: Config, rank: int, world: int, device: torch.device, fo
             print(f"{name:14} largest difference {worst.largest:.1e} ({worst.name})", flush=True)
 
 
-def hidden(events: list) -> dict[str, list[float]]:
-    """By kind of NCCL kernel: its milliseconds, and how many of them lay under some other kernel of the GPU."""
-    spans = [(e.name, e.time_range.start, e.time_range.end) for e in events if str(e.device_type).endswith("CUDA")]
-    merged: list[list[float]] = []
-    for _, start, end in sorted((s for s in spans if "nccl" not in s[0].lower()), key=lambda s: s[1]):
-        if merged and start <= merged[-1][1]:
-            merged[-1][1] = max(merged[-1][1], end)
-        else:
-            merged.append([start, end])
-    found: dict[str, list[float]] = {}
-    for name, start, end in spans:
-        if "nccl" in name.lower():
-            total = found.setdefault(name.split("(")[0], [0.0, 0.0])
-            total[0] += (end - start) / 1e3
-            total[1] += sum(max(0.0, min(end, b) - max(start, a)) for a, b in merged) / 1e3
-    return found
-
-
 def speed(config: Config, mesh: Mesh, rows: int, micro: int, overlap: bool = True, steps: int = 8) -> dict:
-    """Tokens a second and GPU in bf16, of `rows` sequences a GPU, `micro` at a time; and NCCL's share of a step."""
+    """Tokens a second and GPU in bf16, of `rows` sequences a GPU, `micro` at a time."""
     size = mesh.axes.batch_ranks * mesh.axes.pp
     batch = rows * size
     train = dataclasses.replace(config.train, batch_size=batch, micro_batch_size=micro)
@@ -92,16 +74,11 @@ def speed(config: Config, mesh: Mesh, rows: int, micro: int, overlap: bool = Tru
         start = time.perf_counter()
         learner.step(held[step % 2], 1e-4)
         seconds.append(time.perf_counter() - start)
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA if CUDA else ProfilerActivity.CPU]) as recorder:
-        learner.step(held[0], 1e-4)
     median = statistics.median(seconds[2:])
     return {
         "tokens_per_second_per_gpu": batch * train.sequence_length / median / mesh.world_size,
         "seconds": median,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if CUDA else None,
-        "nccl_ms_and_hidden": hidden(recorder.events()),
     }
 
 
