@@ -151,11 +151,11 @@ halves = sum(fitted.backward_input) + sum(fitted.backward_weight)
 print(f"a whole backward took {sum(fitted.backward) / halves:.2f} of its two halves")
 
 # %% [markdown]
-# The two agree well up to the last backwards, where the recorded step falls behind. On a CPU nothing travels under
-# compute, so overlapped pairs have nothing to save; they took a little longer than their parts, and the model, which
-# knows gains alone, leaves `hidden` at zero. The two halves of a backward cost more than a whole one: a hand-written
-# gradient that holds several weights, as that of [the experts](22_experts.py) does, goes through what lies between them
-# in both.
+# The recorded step falls behind where the first backwards meet the forwards, and keeps about that distance to its
+# end. On a CPU nothing travels under compute, so overlapped pairs have nothing to save; they took a little longer
+# than their parts, and the model, which knows gains alone, leaves `hidden` at zero. The two halves of a backward cost
+# more than a whole one: a hand-written gradient that holds several weights, as that of [the experts](22_experts.py)
+# does, goes through what lies between them in both.
 
 # %% [markdown]
 # ## A step to run anywhere
