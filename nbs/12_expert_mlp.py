@@ -74,7 +74,7 @@ for name, elements in row.items():
 print(f"{'weights':16} {2 * E * 3 * I * H / MB:6.0f} MB,  {'tokens':6} {2 * T * H / MB:4.0f} MB")
 
 # %% [markdown]
-# The plan is to write each of these at most once, and the gathered tokens never:
+# The plan is to write each of these at most once, and the gathered tokens only for large experts:
 #
 # ```
 # forward    tokens ──gather inside──▶ [up] ──▶ hidden (P, 2I) ─ kept for backward
@@ -151,76 +151,6 @@ ax.set(xlim=(0, 3), ylim=(11, 0), title="The order of tiles", xlabel="block of c
 fig
 
 # %% [markdown]
-# ## Up: gather, two products, SwiGLU
-#
-# Rows of the left operand come from anywhere in `tokens`, so they are loaded through pointers; the weights are
-# regular and come through the GPU's tensor memory accelerator (a *descriptor*). One load brings the gate
-# rows and the matching up rows as one block of `BN`, so a single product of full width serves both, and the
-# accumulator is cut in two at the end. A descriptor fills with zeros what lies outside the tensor, which takes
-# care of sizes that no block divides.
-#
-# What follows the product is one function of a gate and an up, and has another form in
-# [GPT-OSS](22a_clamped_experts.py): both are clamped, and a bias comes before. Which of the two it is is known when the
-# kernel is compiled, so neither pays for the other.
-
-
-# %%
-#| export
-@triton.jit
-def swiglu(gate, up, CLAMPED: tl.constexpr):
-    """silu(gate) * up, or the form of layers.clamped_experts; and its derivatives by gate and by up. In fp32."""
-    if CLAMPED:
-        g = tl.minimum(gate, 7.0)
-        u = tl.minimum(tl.maximum(up, -7.0), 7.0) + 1
-        s = tl.sigmoid(1.702 * g)
-        by_gate = tl.where(gate <= 7.0, u * s * (1 + 1.702 * g * (1 - s)), 0.0)
-        by_up = tl.where(tl.abs(up) <= 7.0, g * s, 0.0)
-        return g * s * u, by_gate, by_up
-    else:
-        s = tl.sigmoid(gate)
-        return gate * s * up, up * s * (1 + gate * (1 - s)), gate * s
-
-
-# %%
-#| export
-@triton.jit
-def up_kernel(
-    token_ptr, pair_ptr, gate_up_desc, bias_ptr, hidden_ptr, activated_ptr, tile_expert_ptr, first_tile_ptr, offset_ptr,
-    H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr, CLAMPED: tl.constexpr,
-):  # fmt: skip
-    """hidden (P, 2I) = tokens of each row @ gate_up^T, with the expert's bias if CLAMPED; activated (P, I)."""
-    HALF: tl.constexpr = BN // 2
-    ACROSS: tl.constexpr = (I + HALF - 1) // HALF
-    k = tl.arange(0, BK)
-    for tile in tl.range(tl.program_id(0), tl.load(first_tile_ptr + E) * ACROSS, PROGRAMS, flatten=True):
-        e, row, end, block = locate(tile, ACROSS, tile_expert_ptr, first_tile_ptr, offset_ptr, BM)
-        rows = row + tl.arange(0, BM)
-        token = tl.load(pair_ptr + rows, mask=rows < end, other=0) // K
-        x_ptr = token_ptr + token.to(tl.int64)[:, None] * H + k[None, :]
-        acc = tl.zeros([BM, BN], tl.float32)
-        for start in range(0, H, BK):
-            if H % BK == 0:
-                x = tl.load(x_ptr + start)
-            else:
-                x = tl.load(x_ptr + start, mask=k[None, :] + start < H, other=0.0)
-            w = gate_up_desc.load([e, 0, block * HALF, start]).reshape(BN, BK)
-            acc = tl.dot(x, w.T, acc, input_precision="ieee")
-        gate, up = halves(acc, BM, BN)
-        columns = block * HALF + tl.arange(0, HALF)[None, :]
-        mask = (rows < end)[:, None] & (columns < I)
-        rows = rows.to(tl.int64)[:, None]
-        if CLAMPED:
-            gate += tl.load(bias_ptr + e * (2 * I) + columns, mask=columns < I, other=0.0)
-            up += tl.load(bias_ptr + e * (2 * I) + columns + I, mask=columns < I, other=0.0)
-        gate, up = gate.to(hidden_ptr.dtype.element_ty), up.to(hidden_ptr.dtype.element_ty)
-        tl.store(hidden_ptr + rows * (2 * I) + columns, gate, mask=mask)
-        tl.store(hidden_ptr + rows * (2 * I) + columns + I, up, mask=mask)
-        activated, _, _ = swiglu(gate.to(tl.float32), up.to(tl.float32), CLAMPED)
-        tl.store(activated_ptr + rows * I + columns, activated.to(activated_ptr.dtype.element_ty), mask=mask)
-
-
-# %% [markdown]
 # Which blocks: 128 x 256 with 64 deep is the largest tile whose accumulator fits the registers of two
 # warpgroups, and larger tiles read the cache less. On the CPU the interpreter gets small blocks, so that
 # small problems still have many tiles. float32 runs on the ordinary arithmetic units, exactly, and slowly.
@@ -256,19 +186,168 @@ def programs_on(tensor: Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
+# %% [markdown]
+# ## Two ways to the rows of an expert
+#
+# The tokens of an expert lie anywhere. A kernel can *gather* them as it goes, by a pointer for each row: nothing is
+# written for it, but the addresses take a share of every block's time. Or they are put in expert order once, by
+# `dispatch`, for one write and one read of $(P, H)$; from then on they are a regular matrix, which the GPU's tensor
+# memory accelerator brings without taking any thread's time (through a *descriptor*, which also fills with zeros what
+# lies outside the tensor, and so takes care of sizes that no block divides), and which PyTorch's own grouped product
+# takes as well.
+#
+# The product costs $2PHN$ operations and the copy $4PH$ bytes, so the larger $N$, the less the copy counts. In the
+# whole block, forward and backward, in turns on one H100, gathering is faster at 768 hidden units (Qwen3-30B-A3B), and
+# the copy at 1,408 (DeepSeek-V2-Lite) and, more so, at 2,880 (GPT-OSS). The line is drawn in between;
+# [the end](#where-the-time-goes) shows each product by either way.
+
+
+# %%
+#| export
+@triton.jit
+def dispatch_kernel(x_ptr, slot_ptr, out_ptr, H: tl.constexpr, K: tl.constexpr, BH: tl.constexpr):
+    """out[slot[t, k]] = x[t] for every k."""
+    t, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BH + tl.arange(0, BH)
+    x = tl.load(x_ptr + t * H + column, mask=column < H, other=0.0)
+    for k in tl.static_range(K):
+        slot = tl.load(slot_ptr + t * K + k).to(tl.int64)
+        tl.store(out_ptr + slot * H + column, x, mask=(column < H) & (slot >= 0))
+
+
+# %%
+#| export
+def dispatch(x: Tensor, order: Sorted) -> Tensor:
+    """Rows of x (T, H) copied to their places in expert order: (P, H)."""
+    (T, K), H = order.slot.shape, x.shape[1]
+    out, width = x.new_empty(len(order.pair), H), min(1024, triton.next_power_of_2(H))
+    dispatch_kernel[(T, triton.cdiv(H, width))](x, order.slot, out, H, K, width)
+    return out
+
+
+# %%
+if INTERPRETED:
+    x, ids, w, gate_up, down = (t.detach() for t in problem(T=20, H=24, I=40, E=4, K=2))
+    order = sort_pairs(ids, 4, blocks_for(x).rows)
+    assert torch.equal(dispatch(x, order), x[order.pair.long() // 2])
+
+
+# %%
+#| export
+def dispatch_first(x: Tensor, down: Tensor) -> bool:
+    """Whether rows of x (T, H) are put in expert order once, for the experts of `down` (E, H, I), or gathered."""
+    return down.shape[2] >= 1024 and x.dtype == torch.bfloat16 and x.is_cuda
+
+
+# %% [markdown]
+# The kernels that read rows take either, decided when they are compiled (`IN_ORDER`).
+
+
+# %%
+#| export
+@triton.jit
+def places(
+    x, row, end, pair_ptr,
+    H: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, IN_ORDER: tl.constexpr,
+):  # fmt: skip
+    """Where `block_of_rows` finds the BM rows from `row`: that row if IN_ORDER, else pointers (BM, BK) into tokens."""
+    if IN_ORDER:
+        return row
+    else:
+        rows = row + tl.arange(0, BM)
+        token = tl.load(pair_ptr + rows, mask=rows < end, other=0) // K
+        return x + token.to(tl.int64)[:, None] * H + tl.arange(0, BK)[None, :]
+
+
+@triton.jit
+def block_of_rows(x, at, start, H: tl.constexpr, BK: tl.constexpr, IN_ORDER: tl.constexpr):
+    """Columns `start` to `start` + BK of the rows `at` these `places`; x is their descriptor if IN_ORDER."""
+    if IN_ORDER:
+        return x.load([at, start])
+    elif H % BK == 0:
+        return tl.load(at + start)
+    else:
+        return tl.load(at + start, mask=tl.arange(0, BK)[None, :] + start < H, other=0.0)
+
+
+# %% [markdown]
+# ## Up: two products and SwiGLU
+#
+# The weights are regular and come through a descriptor. One load brings the gate rows and the matching up rows as one
+# block of `BN`, so a single product of full width serves both, and the accumulator is cut in two at the end.
+#
+# What follows the product is one function of a gate and an up, and has another form in
+# [GPT-OSS](22a_clamped_experts.py): both are clamped, and a bias comes before. Which of the two it is is known when the
+# kernel is compiled, so neither pays for the other.
+
+
+# %%
+#| export
+@triton.jit
+def swiglu(gate, up, CLAMPED: tl.constexpr):
+    """silu(gate) * up, or the form of layers.clamped_experts; and its derivatives by gate and by up. In fp32."""
+    if CLAMPED:
+        g = tl.minimum(gate, 7.0)
+        u = tl.minimum(tl.maximum(up, -7.0), 7.0) + 1
+        s = tl.sigmoid(1.702 * g)
+        by_gate = tl.where(gate <= 7.0, u * s * (1 + 1.702 * g * (1 - s)), 0.0)
+        by_up = tl.where(tl.abs(up) <= 7.0, g * s, 0.0)
+        return g * s * u, by_gate, by_up
+    else:
+        s = tl.sigmoid(gate)
+        return gate * s * up, up * s * (1 + gate * (1 - s)), gate * s
+
+
+# %%
+#| export
+@triton.jit
+def up_kernel(
+    x, pair_ptr, gate_up_desc, bias_ptr, hidden_ptr, activated_ptr, tile_expert_ptr, first_tile_ptr, offset_ptr,
+    H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, IN_ORDER: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr, CLAMPED: tl.constexpr,
+):  # fmt: skip
+    """hidden (P, 2I) = tokens of each row @ gate_up^T, with the expert's bias if CLAMPED; activated (P, I)."""
+    HALF: tl.constexpr = BN // 2
+    ACROSS: tl.constexpr = (I + HALF - 1) // HALF
+    for tile in tl.range(tl.program_id(0), tl.load(first_tile_ptr + E) * ACROSS, PROGRAMS, flatten=True):
+        e, row, end, block = locate(tile, ACROSS, tile_expert_ptr, first_tile_ptr, offset_ptr, BM)
+        rows = row + tl.arange(0, BM)
+        at = places(x, row, end, pair_ptr, H, K, BM, BK, IN_ORDER)
+        acc = tl.zeros([BM, BN], tl.float32)
+        for start in range(0, H, BK):
+            left = block_of_rows(x, at, start, H, BK, IN_ORDER)
+            w = gate_up_desc.load([e, 0, block * HALF, start]).reshape(BN, BK)
+            acc = tl.dot(left, w.T, acc, input_precision="ieee")
+        gate, up = halves(acc, BM, BN)
+        columns = block * HALF + tl.arange(0, HALF)[None, :]
+        mask = (rows < end)[:, None] & (columns < I)
+        rows = rows.to(tl.int64)[:, None]
+        if CLAMPED:
+            gate += tl.load(bias_ptr + e * (2 * I) + columns, mask=columns < I, other=0.0)
+            up += tl.load(bias_ptr + e * (2 * I) + columns + I, mask=columns < I, other=0.0)
+        gate, up = gate.to(hidden_ptr.dtype.element_ty), up.to(hidden_ptr.dtype.element_ty)
+        tl.store(hidden_ptr + rows * (2 * I) + columns, gate, mask=mask)
+        tl.store(hidden_ptr + rows * (2 * I) + columns + I, up, mask=mask)
+        activated, _, _ = swiglu(gate.to(tl.float32), up.to(tl.float32), CLAMPED)
+        tl.store(activated_ptr + rows * I + columns, activated.to(activated_ptr.dtype.element_ty), mask=mask)
+
+
 # %%
 #| export
 def up_projection(
-    tokens: Tensor, gate_up: Tensor, order: Sorted, top_k: int, bias: Tensor | None = None, blocks: Blocks | None = None
-) -> tuple[Tensor, Tensor]:
-    """hidden (P, 2I) and activated (P, I) of every sorted row; tokens (T, H), gate_up (E, 2I, H), bias (E, 2I)."""
+    tokens: Tensor, gate_up: Tensor, order: Sorted, in_order: bool = False, bias: Tensor | None = None,
+    blocks: Blocks | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """hidden (P, 2I) and activated (P, I) of every sorted row; gate_up (E, 2I, H), bias (E, 2I).
+
+    `tokens` is (T, H), or (P, H) where they were put `in_order` before."""
     E, two_I, H = gate_up.shape
     I, P, b, programs = two_I // 2, len(order.pair), blocks or blocks_for(tokens), programs_on(tokens)
     hidden, activated = tokens.new_empty(P, two_I), tokens.new_empty(P, I)
     weights = TensorDescriptor.from_tensor(gate_up.view(E, 2, I, H), [1, 2, b.columns // 2, b.inner])
     up_kernel[(programs,)](
-        tokens, order.pair, weights, bias, hidden, activated, order.tile_expert, order.first_tile, order.offsets,
-        H, I, E, top_k, b.rows, b.columns, b.inner, programs, bias is not None,
+        TensorDescriptor.from_tensor(tokens, [b.rows, b.inner]) if in_order else tokens,
+        order.pair, weights, bias, hidden, activated, order.tile_expert, order.first_tile, order.offsets,
+        H, I, E, order.slot.shape[1], in_order, b.rows, b.columns, b.inner, programs, bias is not None,
         num_warps=b.warps, num_stages=b.stages,
     )  # fmt: skip
     return hidden, activated
@@ -276,9 +355,8 @@ def up_projection(
 
 # %%
 if INTERPRETED:
-    x, ids, w, gate_up, down = (t.detach() for t in problem(T=20, H=24, I=40, E=4, K=2))
-    order = sort_pairs(ids, 4, blocks_for(x).rows)
-    hidden, activated = up_projection(x, gate_up, order, 2)
+    hidden, activated = up_projection(x, gate_up, order)
+    torch.testing.assert_close(up_projection(dispatch(x, order), gate_up, order, in_order=True), (hidden, activated))
     pair = order.pair[0].item()
     gate, up = (gate_up[ids.flatten()[pair]] @ x[pair // 2]).chunk(2)
     torch.testing.assert_close(hidden[0], torch.cat([gate, up]))
@@ -430,16 +508,15 @@ if INTERPRETED:
 #| export
 @triton.jit
 def activation_gradient_kernel(
-    grad_ptr, pair_ptr, down_desc, weight_ptr, hidden_ptr, d_hidden_ptr, scaled_ptr, partial_ptr,
+    grad, pair_ptr, down_desc, weight_ptr, hidden_ptr, d_hidden_ptr, scaled_ptr, partial_ptr,
     tile_expert_ptr, first_tile_ptr, offset_ptr, P,
-    H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
+    H: tl.constexpr, I: tl.constexpr, E: tl.constexpr, K: tl.constexpr, IN_ORDER: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr, PAD: tl.constexpr,
     CLAMPED: tl.constexpr,
 ):  # fmt: skip
     """d_hidden (P, 2I), scaled = weight * activated (P, I), partial (ACROSS, P) sums of the weights' gradients."""
     ACROSS: tl.constexpr = (I + BN - 1) // BN
     QUARTER: tl.constexpr = BN // 4
-    k = tl.arange(0, BK)
     for past in range(tl.program_id(0), PAD, PROGRAMS):
         row = tl.load(offset_ptr + E).to(tl.int64) + past
         for start in range(0, I, BN):
@@ -452,16 +529,12 @@ def activation_gradient_kernel(
     for tile in tl.range(tl.program_id(0), tl.load(first_tile_ptr + E) * ACROSS, PROGRAMS):
         e, row, end, block = locate(tile, ACROSS, tile_expert_ptr, first_tile_ptr, offset_ptr, BM)
         rows = row + tl.arange(0, BM)
-        token = tl.load(pair_ptr + rows, mask=rows < end, other=0) // K
-        x_ptr = grad_ptr + token.to(tl.int64)[:, None] * H + k[None, :]
+        at = places(grad, row, end, pair_ptr, H, K, BM, BK, IN_ORDER)
         acc = tl.zeros([BM, BN], tl.float32)
         for start in range(0, H, BK):
-            if H % BK == 0:
-                x = tl.load(x_ptr + start)
-            else:
-                x = tl.load(x_ptr + start, mask=k[None, :] + start < H, other=0.0)
+            left = block_of_rows(grad, at, start, H, BK, IN_ORDER)
             w = down_desc.load([e, start, block * BN]).reshape(BK, BN)
-            acc = tl.dot(x, w, acc, input_precision="ieee")
+            acc = tl.dot(left, w, acc, input_precision="ieee")
         pair = tl.load(pair_ptr + rows, mask=rows < end, other=0)
         weight = tl.load(weight_ptr + pair)[:, None]
         d_weight = tl.zeros([BM], tl.float32)
@@ -471,36 +544,39 @@ def activation_gradient_kernel(
             z = quarters[q]
             columns = block * BN + q * QUARTER + tl.arange(0, QUARTER)[None, :]
             mask = (rows < end)[:, None] & (columns < I)
-            at = rows.to(tl.int64)[:, None] * (2 * I) + columns
-            gate = tl.load(hidden_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            up = tl.load(hidden_ptr + at + I, mask=mask, other=0.0).to(tl.float32)
+            wide = rows.to(tl.int64)[:, None] * (2 * I) + columns
+            gate = tl.load(hidden_ptr + wide, mask=mask, other=0.0).to(tl.float32)
+            up = tl.load(hidden_ptr + wide + I, mask=mask, other=0.0).to(tl.float32)
             activated, by_gate, by_up = swiglu(gate, up, CLAMPED)
             d_weight += tl.sum(z * activated, 1)
             z *= weight
             dtype = d_hidden_ptr.dtype.element_ty
-            tl.store(d_hidden_ptr + at, (z * by_gate).to(dtype), mask=mask)
-            tl.store(d_hidden_ptr + at + I, (z * by_up).to(dtype), mask=mask)
-            at = rows.to(tl.int64)[:, None] * I + columns
-            tl.store(scaled_ptr + at, (weight * activated).to(dtype), mask=mask)
+            tl.store(d_hidden_ptr + wide, (z * by_gate).to(dtype), mask=mask)
+            tl.store(d_hidden_ptr + wide + I, (z * by_up).to(dtype), mask=mask)
+            narrow = rows.to(tl.int64)[:, None] * I + columns
+            tl.store(scaled_ptr + narrow, (weight * activated).to(dtype), mask=mask)
         tl.store(partial_ptr + block.to(tl.int64) * P + rows, d_weight, mask=rows < end)
 
 
 # %%
 #| export
 def activation_gradient(
-    grad: Tensor, down: Tensor, weights: Tensor, hidden: Tensor, order: Sorted, clamped: bool = False,
-    blocks: Blocks | None = None,
+    grad: Tensor, down: Tensor, weights: Tensor, hidden: Tensor, order: Sorted, in_order: bool = False,
+    clamped: bool = False, blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """d_hidden (P, 2I), weight * activated (P, I) and partial sums (n, P) of d_weights, from grad (T, H)."""
+    """d_hidden (P, 2I), weight * activated (P, I) and partial sums (n, P) of d_weights.
+
+    `grad`, of the output, is (T, H), or (P, H) where it was put `in_order` before."""
     (E, H, I), P, b, programs = down.shape, len(hidden), blocks or blocks_for(grad), programs_on(grad)
     d_hidden, scaled = torch.empty_like(hidden), hidden.new_empty(P, I)
     # zeros, not empty: autograd's thread has no current CUDA context before its first ordinary launch, and building
     # a descriptor needs one
     partials = hidden.new_zeros(triton.cdiv(I, b.columns), P, dtype=torch.float32)
     activation_gradient_kernel[(programs,)](
-        grad, order.pair, TensorDescriptor.from_tensor(down, [1, b.inner, b.columns]), weights, hidden,
+        TensorDescriptor.from_tensor(grad, [b.rows, b.inner]) if in_order else grad,
+        order.pair, TensorDescriptor.from_tensor(down, [1, b.inner, b.columns]), weights, hidden,
         d_hidden, scaled, partials, order.tile_expert, order.first_tile, order.offsets, P,
-        H, I, E, weights.shape[1], b.rows, b.columns, b.inner, programs, b.inner, clamped,
+        H, I, E, weights.shape[1], in_order, b.rows, b.columns, b.inner, programs, b.inner, clamped,
         num_warps=b.warps, num_stages=max(b.stages - 1, 2),
     )  # fmt: skip
     return d_hidden, scaled, partials
@@ -530,7 +606,8 @@ if INTERPRETED:
 # ## Weight gradients
 #
 # For each expert, (left rows)ᵀ (right rows), summed over its rows. One side is sorted and regular, the other is
-# gathered token by token: `d_gate_up` gathers tokens on the right, `d_down` gathers `grad` on the left. Here the
+# gathered token by token (or both are in order, and PyTorch's grouped product does it): `d_gate_up` gathers tokens on
+# the right, `d_down` gathers `grad` on the left. Here the
 # *inner* dimension is ragged, and a gathered row past the expert's end is masked to zero, which silences
 # whatever the regular side holds there. A gathered row costs an address, so the gathered side is the narrow one
 # of the tile.
@@ -587,51 +664,19 @@ def weight_gradient(
     return out
 
 
-# %% [markdown]
-# Gathering inside the product costs a share of the product; gathering beforehand costs one write and one read of
-# $(P, H)$. The larger the experts, the more the product weighs: from about 1,024 hidden units it is faster to
-# write the gathered tokens once (`dispatch`, the mirror image of `combine`) and to give them to PyTorch's own
-# grouped product.
-
-
 # %%
 #| export
-@triton.jit
-def dispatch_kernel(x_ptr, slot_ptr, out_ptr, H: tl.constexpr, K: tl.constexpr, BH: tl.constexpr):
-    """out[slot[t, k]] = x[t] for every k."""
-    t, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BH + tl.arange(0, BH)
-    x = tl.load(x_ptr + t * H + column, mask=column < H, other=0.0)
-    for k in tl.static_range(K):
-        slot = tl.load(slot_ptr + t * K + k).to(tl.int64)
-        tl.store(out_ptr + slot * H + column, x, mask=(column < H) & (slot >= 0))
-
-
-# %%
-#| export
-def dispatch(x: Tensor, order: Sorted) -> Tensor:
-    """Rows of x (T, H) copied to their places in expert order: (P, H)."""
-    (T, K), H = order.slot.shape, x.shape[1]
-    out, width = x.new_empty(len(order.pair), H), min(1024, triton.next_power_of_2(H))
-    dispatch_kernel[(T, triton.cdiv(H, width))](x, order.slot, out, H, K, width)
-    return out
-
-
-# %%
-if INTERPRETED:
-    assert torch.equal(dispatch(x.detach(), order), x.detach()[order.pair.long() // 2])
-
-
-# %%
-#| export
-def gate_up_gradient(d_hidden: Tensor, tokens: Tensor, order: Sorted) -> Tensor:
-    """Gradient of gate_up (E, 2I, H), from what `activation_gradient` left."""
-    if d_hidden.shape[1] >= 2048 and d_hidden.dtype == torch.bfloat16 and d_hidden.is_cuda:
-        return F.grouped_mm(d_hidden.T, dispatch(tokens, order), offs=order.offsets[1:])
+def gate_up_gradient(d_hidden: Tensor, tokens: Tensor, order: Sorted, in_order: bool = False) -> Tensor:
+    """Gradient of gate_up (E, 2I, H), from what `activation_gradient` left; `tokens` as in `up_projection`."""
+    if in_order:
+        return F.grouped_mm(d_hidden.T, tokens, offs=order.offsets[1:])
     return weight_gradient(d_hidden, tokens, order, gather_left=False)
 
 
-def down_gradient(scaled: Tensor, grad: Tensor, order: Sorted) -> Tensor:
-    """Gradient of down (E, H, I), from what `activation_gradient` left."""
+def down_gradient(scaled: Tensor, grad: Tensor, order: Sorted, in_order: bool = False) -> Tensor:
+    """Gradient of down (E, H, I), from what `activation_gradient` left; `grad` as there."""
+    if in_order:
+        return F.grouped_mm(grad.T, scaled, offs=order.offsets[1:])
     return weight_gradient(scaled, grad, order, gather_left=True)
 
 
@@ -660,7 +705,9 @@ class ExpertMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens, expert_ids, weights, gate_up, down, num_pairs, bias):
         order = sort_pairs(expert_ids, len(gate_up), blocks_for(tokens).rows, num_pairs)
-        hidden, activated = up_projection(tokens, gate_up, order, expert_ids.shape[1], bias)
+        in_order = dispatch_first(tokens, down)
+        rows = dispatch(tokens, order) if in_order else tokens
+        hidden, activated = up_projection(rows, gate_up, order, in_order, bias)
         out, _ = combine(grouped_product(activated, down, order, transposed=True), order, weights)
         ctx.save_for_backward(tokens, weights, gate_up, down, hidden, *order)
         ctx.clamped = bias is not None
@@ -672,14 +719,18 @@ class ExpertMLP(torch.autograd.Function):
         order, grad = Sorted(*order), grad.contiguous()
         d_tokens = d_weights = d_gate_up = d_down = d_bias = None
         wants_tokens, _, wants_weights, wants_gate_up, wants_down, *wants_bias = wanted(ctx)
-        d_hidden, scaled, partials = activation_gradient(grad, down, weights, hidden, order, ctx.clamped)
+        in_order = dispatch_first(tokens, down)
+        grad = dispatch(grad, order) if in_order else grad
+        d_hidden, scaled, partials = activation_gradient(grad, down, weights, hidden, order, in_order, ctx.clamped)
+        if wants_down:
+            d_down = down_gradient(scaled, grad, order, in_order)
+        del scaled, grad
         if wants_tokens or wants_weights:
             d_tokens, d_weights = input_gradients(d_hidden, partials, gate_up, order)
-        if wants_down:
-            d_down = down_gradient(scaled, grad, order)
-        del scaled
         if wants_gate_up:
-            d_gate_up = gate_up_gradient(d_hidden, tokens, order)
+            rows = dispatch(tokens, order) if in_order else tokens
+            d_gate_up = gate_up_gradient(d_hidden, rows, order, in_order)
+            del rows
         if any(wants_bias):  # a bias is the weight of an input that is always 1; a descriptor's rows take 16 bytes
             ones = tokens.new_ones(len(tokens), 16 // tokens.element_size())
             d_bias = weight_gradient(d_hidden, ones, order, gather_left=False)[..., 0]
@@ -767,9 +818,10 @@ torch.testing.assert_close(expert_mlp(*args), reference_expert_mlp(*args))
 # %% [markdown]
 # ## Where the time goes
 #
-# Each product alone, on an H100, beside PyTorch's grouped product of the same size on tokens that are already gathered.
-# Ours do more: *up* gathers tokens and applies SwiGLU; *d activated* gathers the output's gradient and does SwiGLU's
-# and the router weights'; the last two gather as well. Large experts take their *d gate and up* from `grouped_mm`.
+# Each product alone, on an H100 (`tools/expert_products.py`), beside PyTorch's grouped product of the same size. Ours
+# do more: *up* applies SwiGLU, and *d activated* SwiGLU's gradient and the router weights'. *Gathering* finds its rows
+# token by token, *in order* reads rows that `dispatch` wrote. Each stands for one product in its own steady state; in
+# the whole block the card's clock is another.
 
 # %%
 import json
@@ -780,10 +832,10 @@ if home:
     measured = json.loads((home / "docs/benchmarks/products-h100.json").read_text())
     print(f"{measured['device']}, {measured['versions']}, {measured['date']}: median ms, bf16, 16,384 tokens")
     for shape, rows in measured["shapes"].items():
-        print(f"\n{shape:18}{'grouped_mm':>12}{'by pointers':>13}{'here':>8}")
+        print(f"\n{shape:18}{'grouped_mm':>12}{'gathering':>12}{'in order':>12}")
         for row in rows:
-            pointers = f"{row['pointers']:.2f}" if row["pointers"] else ""
-            print(f"  {row['product']:16}{row['grouped_mm']:12.2f}{pointers:>13}{row['here']:8.2f}")
+            times = (row[way] for way in ("grouped_mm", "gathering", "in_order"))
+            print(f"  {row['product']:16}" + "".join(f"{ms:12.2f}" if ms else " " * 12 for ms in times))
 
 # %% [markdown]
 # What was tried and lost: two smaller tiles at a time on each multiprocessor, so that one writes while the other
@@ -791,7 +843,8 @@ if home:
 # programs at staggered times (no gain, and much slower where the delay is long: programs in step share what they
 # read); Triton 3.6's automatic warp specialisation (it compiled, and hung); tiles of 128 x 192, which divide 2,880
 # without a rest, as two products in one loop; descriptors for what *up* stores (no gain for any shape) and for what
-# *d activated* stores (slower).
+# *d activated* stores (slower); *d activated* flattened, or with more blocks in flight (on rows in order no gain; while
+# it gathers, half as fast).
 
 # %% [markdown]
 # How fast it is on a GPU, against the bare matrix products and other implementations, is in

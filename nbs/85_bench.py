@@ -308,9 +308,10 @@ def floor_products(problem: Problem) -> Callable[[], None]:
 #
 # A graphics card's clock follows the power it has just drawn, so each entrant is measured in its own steady state: it
 # runs for a third of a second before anything counts. A card also warms up and cools down over seconds (`turns_ms` in
-# the files shows it), so all take turns, three times over. On a GPU the clock is the GPU's own events, a fresh 256 MB
-# is written before each repetition to empty the cache, and the host runs ahead, as it does in training. The median is
-# reported. Peak memory is what one pass holds beyond weights, tokens and output gradient.
+# the files shows it), and who follows the hottest entrant finds a slower card. So all take turns, as often as there are
+# entrants, each turn beginning with the next one and every other turn going backwards. On a GPU the clock is the GPU's
+# own events, a fresh 256 MB is written before each repetition to empty the cache, and the host runs ahead, as it does
+# in training. The median is reported. Peak memory is what one pass holds beyond weights, tokens and output gradient.
 
 
 # %%
@@ -368,7 +369,10 @@ def bench_moe(
     runs = {"floor: grouped products alone": floor_products(problem)}
     for name, block in (blocks | {"pithtrain, hottest expert 8x mean": skewed}).items():
         runs[name] = partial(one_pass, block, problem)
-    turns = [{name: median_ms(run, device, repeats) for name, run in runs.items()} for _ in range(3)]
+    names, turns = list(runs), []
+    for first in range(len(names)):
+        rotated = names[first:] + names[:first]
+        turns.append({name: median_ms(runs[name], device, repeats) for name in rotated[:: -1 if first % 2 else 1]})
     with torch.no_grad():
         outputs = {name: block(problem.tokens).double() for name, block in blocks.items()}
         ours = pithtrain_block(problem)(problem.tokens).double()

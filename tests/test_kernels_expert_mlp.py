@@ -111,6 +111,48 @@ def test_nothing_to_do():
     compare(problem(9, 32, 16, 4, 2, torch.float32, torch.full((9, 2), -1)), num_pairs=0)
 
 
+def absent_and_uneven():
+    """Expert ids of 77 tokens: expert 3 has most of them, 1 has none, and some pairs are absent."""
+    return torch.tensor([-1, 0, 2, 3, 3, 3, 3, 4])[torch.randint(8, (77, 3))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_rows_put_in_order_first_give_what_gathering_gives(dtype):
+    x, ids, w, gate_up, down = (t.detach() for t in problem(77, 40, 24, 5, 3, dtype, absent_and_uneven()))
+    order = mlp.sort_pairs(ids, 5, mlp.blocks_for(x).rows)
+    there = slice(0, int(order.offsets[-1]))
+    gathered = mlp.up_projection(x, gate_up, order)
+    ordered = mlp.up_projection(mlp.dispatch(x, order), gate_up, order, in_order=True)
+    assert all(torch.equal(a[there], b[there]) for a, b in zip(gathered, ordered, strict=True))
+    grad = torch.randn_like(x)
+    gathered = mlp.activation_gradient(grad, down, w, gathered[0], order)
+    ordered = mlp.activation_gradient(mlp.dispatch(grad, order), down, w, ordered[0], order, in_order=True)
+    assert all(torch.equal(a[there], b[there]) for a, b in zip(gathered[:2], ordered[:2], strict=True))
+    assert torch.equal(gathered[2][:, there], ordered[2][:, there])
+
+
+@gpu
+@pytest.mark.parametrize("ids", [None, absent_and_uneven()], ids=["near-uniform", "absent and uneven"])
+@pytest.mark.parametrize("clamped", [False, True])
+def test_gpu_experts_large_enough_to_put_rows_in_order_first(ids, clamped):
+    args = problem(77, 256, 1032, 5, 3, torch.bfloat16, ids)
+    assert mlp.dispatch_first(args[0], args[4]) and not mlp.dispatch_first(args[0].float(), args[4])
+    if not clamped:
+        return compare(args)
+    x, ids, w, gate_up, down = args
+    bias = torch.randn(5, 2064, device=DEVICE, dtype=torch.bfloat16)
+    out = mlp.triton_expert_mlp(*args, bias=bias)
+    out.sum().backward()
+    small = [t.grad.clone() for t in (x, w, gate_up, down)]
+    for t in (x, w, gate_up, down):
+        t.grad = None
+    exact = [t.detach().float().requires_grad_() for t in (x, w, gate_up, down)]
+    true = mlp.triton_expert_mlp(exact[0], ids, *exact[1:], bias=bias.float())
+    true.sum().backward()
+    assert error(out, true.double()) < 1e-2
+    assert max(error(a, b.grad.double()) for a, b in zip(small, exact, strict=True)) < 1e-2
+
+
 def test_same_bits_every_time():
     args = problem(60, 32, 16, 4, 2, torch.float32)
     runs = []
@@ -199,7 +241,7 @@ def test_gpu_backward_in_a_thread_without_a_cuda_context():
     torch.use_deterministic_algorithms(False)  # filling new tensors would launch something first
     x, ids, w, gate_up, down = (t.detach() for t in problem(100, 64, 32, 4, 2, torch.bfloat16))
     order = mlp.sort_pairs(ids, 4, mlp.blocks_for(x).rows)
-    hidden, _ = mlp.up_projection(x, gate_up, order, 2)
+    hidden, _ = mlp.up_projection(x, gate_up, order)
     mlp.activation_gradient(x, down, w, hidden, order)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(mlp.activation_gradient, x, down, w, hidden, order).result()
