@@ -67,7 +67,7 @@ MESHES = {
 
 
 # Adam makes a whole step of a gradient that is nothing but rounding, unless eps is larger than that.
-OPTIMIZER = OptimizerConfig(eps=1e-6)
+OPTIMIZER = OptimizerConfig(eps=1e-5)
 
 
 def run(model, mesh, **changes):
