@@ -261,7 +261,7 @@ def test_the_step_is_that_of_a_plain_loop():
     optimizer = torch.optim.AdamW(
         [{"params": decayed}, {"params": rest, "weight_decay": 0.0}],
         betas=(0.9, 0.95),
-        eps=1e-6,
+        eps=OPTIMIZER.eps,
         weight_decay=0.1,
         lr=2e-3,
     )
