@@ -199,7 +199,7 @@ def programs_on(tensor: Tensor) -> int:
 # The product costs $2PHN$ operations and the copy $4PH$ bytes, so the larger $N$, the less the copy counts. In the
 # whole block, forward and backward, in turns on one H100, gathering is faster at 768 hidden units (Qwen3-30B-A3B), and
 # the copy at 1,408 (DeepSeek-V2-Lite) and, more so, at 2,880 (GPT-OSS). The line is drawn in between;
-# [the end](#where-the-time-goes) shows each product by either way.
+# the table at the end shows each product by either way.
 
 
 # %%
@@ -843,8 +843,8 @@ if home:
 # programs at staggered times (no gain, and much slower where the delay is long: programs in step share what they
 # read); Triton 3.6's automatic warp specialisation (it compiled, and hung); tiles of 128 x 192, which divide 2,880
 # without a rest, as two products in one loop; descriptors for what *up* stores (no gain for any shape) and for what
-# *d activated* stores (slower); *d activated* flattened, or with more blocks in flight (on rows in order no gain; while
-# it gathers, half as fast).
+# *d activated* stores (slower); *d activated* flattened, or with more blocks in flight (on rows in order no gain;
+# flattened while it gathers, half as long again).
 
 # %% [markdown]
 # How fast it is on a GPU, against the bare matrix products and other implementations, is in

@@ -5,6 +5,7 @@ python tools/expert_products.py FILE  writes the JSON that nbs/12_expert_mlp.py 
 
 import datetime
 import json
+import statistics
 import sys
 
 import torch
@@ -64,7 +65,7 @@ def products(shape: Shape, device: torch.device) -> list[dict]:
     turns = []
     for _ in range(3):
         turns.append({k: [run and median_ms(run, device, 20) for run in runs] for k, runs in ways.items()})
-    middle = lambda times: sorted(times)[1] if times[0] else None  # noqa: E731
+    middle = lambda times: statistics.median(times) if times[0] else None  # noqa: E731
     return [{"product": k} | {n: middle([turn[k][i] for turn in turns]) for i, n in enumerate(names)} for k in ways]
 
 
