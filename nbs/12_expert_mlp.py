@@ -103,7 +103,8 @@ print(f"{'weights':16} {2 * E * 3 * I * H / MB:6.0f} MB,  {'tokens':6} {2 * T * 
 # All kernels are *persistent*: as many programs as the GPU has multiprocessors, each walking over tiles,
 # and `flatten=True` lets the compiler fetch the first blocks of the next tile while this one is being
 # written. Tiles of one expert follow one another, down its rows first, so that the experts in flight fit
-# in the cache.
+# in the cache; but at most 16 tiles down before the next block of columns, because the rows of a crowded expert do not
+# fit in it: going all the way down, they would be read from memory once for every block of columns.
 
 
 # %%
@@ -115,7 +116,10 @@ def locate(tile, across, tile_expert_ptr, first_tile_ptr, offset_ptr, BM: tl.con
     first = tl.load(first_tile_ptr + e)
     down = tl.load(first_tile_ptr + e + 1) - first
     local = tile - first * across
-    row = tl.load(offset_ptr + e) + (local % down) * BM
+    band = local // (16 * across) * 16
+    local -= band * across
+    down = tl.minimum(down - band, 16)
+    row = tl.load(offset_ptr + e) + (band + local % down) * BM
     return e, row, tl.load(offset_ptr + e + 1), local // down
 
 

@@ -15,10 +15,14 @@
 
 # %%
 #| export
+import importlib
 from bisect import bisect_right
 from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -258,7 +262,8 @@ for row in piece_scores(q, k, 1.0, Piece(slice(None), slice(None), slice(None), 
 # output and log-sum-exp that we say are final. FlashAttention-2 (arXiv 2307.08691) takes all that a piece may
 # be: the band, and documents as cumulative lengths. cuDNN's kernel is faster on Hopper GPUs and newer, and takes
 # squares, full or causal; it prepares a plan for each new shape, so that pieces that follow the lengths of
-# documents are not for it.
+# documents are not for it. FlashAttention-4, a package of its own (`pip install pithtrain[fa4]`), takes what
+# FlashAttention-2 takes, on the same GPUs as cuDNN's; where it is installed it takes its place.
 
 
 # %%
@@ -282,11 +287,31 @@ def cudnn_fits(q: Tensor, k: Tensor, v: Tensor, piece: Piece) -> bool:
 
 # %%
 #| export
-def flash_layout(piece: Piece, features: int, *tensors: Tensor) -> list[Tensor]:
-    """(B, heads, tokens, D) to (B, tokens, heads, features), or (tokens of all rows, ...) if there are cuts.
+@cache
+def installed_flash_attention_4() -> ModuleType | None:
+    """FlashAttention-4's module of both directions; None where the extra `fa4` is not installed."""
+    try:
+        version("flash-attn-4")
+    except PackageNotFoundError:
+        return None
+    return importlib.import_module("flash_attn.cute.interface")
 
-    Values narrower than keys, as in latent attention, are padded with zeros."""
-    laid = [t if t.shape[-1] == features else F.pad(t, (0, features - t.shape[-1])) for t in tensors]
+
+# %%
+#| export
+def flash_attention_4(q: Tensor, value_features: int) -> ModuleType | None:
+    """FlashAttention-4, if it is installed and takes these queries, which `flash_fits`, and their values."""
+    takes = value_features % 8 == 0 and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    return installed_flash_attention_4() if takes else None
+
+
+# %%
+#| export
+def flash_layout(piece: Piece, features: int | None, *tensors: Tensor) -> list[Tensor]:
+    """(B, heads, tokens, D) to (B, tokens, heads, D), or (tokens of all rows, ...) if there are cuts.
+
+    Values narrower than `features`, as in latent attention, are padded with zeros."""
+    laid = [t if features in (None, t.shape[-1]) else F.pad(t, (0, features - t.shape[-1])) for t in tensors]
     laid = [(t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2) for t in laid]
     return laid if piece.cuts is None else [t.flatten(0, 1) for t in laid]
 
@@ -301,6 +326,16 @@ def flash_arguments(q: Tensor, k: Tensor, piece: Piece) -> tuple[tuple, dict[str
         return (None, None, q.shape[2], k.shape[2], 0.0, causal), window
     cuts, longest = piece.cuts.to(q.device, non_blocking=True), int(piece.cuts.diff().max())
     return (cuts, cuts, longest, longest, 0.0, causal), window
+
+
+# %%
+#| export
+def flash_4_arguments(q: Tensor, k: Tensor, piece: Piece, scale: float) -> dict[str, Any]:
+    """The same for FlashAttention-4, by its names; a side without a limit is None."""
+    (cuts, _, queries, keys, _, causal), window = flash_arguments(q, k, piece)
+    sides = {side: None if limit < 0 else limit for side, limit in window.items()}
+    lengths = {"cu_seqlens_q": cuts, "cu_seqlens_k": cuts, "max_seqlen_q": queries, "max_seqlen_k": keys}
+    return {"softmax_scale": scale, "causal": causal, **sides, **lengths}
 
 
 # %% [markdown]
@@ -330,9 +365,13 @@ def attend_piece(q: Tensor, k: Tensor, v: Tensor, scale: float, piece: Piece) ->
             causal = piece.right == 0
             out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)
             return out, lse.view(batch, heads, queries)
-        arguments, band = flash_arguments(q, k, piece)
-        laid = flash_layout(piece, features, q, k, v)
-        out, lse, *_ = aten._flash_attention_forward(*laid, *arguments, False, scale=scale, **band)
+        if flash_4 := flash_attention_4(q, wide):
+            told = flash_4_arguments(q, k, piece, scale)
+            out, lse, *_ = flash_4._flash_attn_fwd(*flash_layout(piece, None, q, k, v), return_lse=True, **told)
+        else:
+            arguments, band = flash_arguments(q, k, piece)
+            laid = flash_layout(piece, features, q, k, v)
+            out, lse, *_ = aten._flash_attention_forward(*laid, *arguments, False, scale=scale, **band)
         if piece.cuts is not None:
             out, lse = out.unflatten(0, (batch, queries)), lse.view(heads, batch, queries).transpose(0, 1)
         return out[..., :wide].transpose(1, 2), lse
@@ -367,10 +406,15 @@ def piece_gradients(
             lengths = None, None, queries, queries, 0.0, piece.right == 0
             saved = q, k, v, out, lse, seed[0], seed[1], None
             return aten._scaled_dot_product_cudnn_attention_backward(grad, *saved, *lengths, scale=scale)
-        arguments, band = flash_arguments(q, k, piece)
-        laid = flash_layout(piece, features, grad, q, k, v, out)
         lse = lse.contiguous() if piece.cuts is None else lse.transpose(0, 1).reshape(heads, -1)
-        found = aten._flash_attention_backward(*laid, lse, *arguments, seed, seed, scale=scale, **band)
+        if flash_4 := flash_attention_4(q, wide):
+            told = flash_4_arguments(q, k, piece, scale)
+            told["deterministic"] = torch.are_deterministic_algorithms_enabled()
+            found = flash_4._flash_attn_bwd(*flash_layout(piece, None, q, k, v, out, grad), lse, **told)[:3]
+        else:
+            arguments, band = flash_arguments(q, k, piece)
+            laid = flash_layout(piece, features, grad, q, k, v, out)
+            found = aten._flash_attention_backward(*laid, lse, *arguments, seed, seed, scale=scale, **band)
         if piece.cuts is not None:
             found = [t.unflatten(0, (batch, -1)) for t in found]
         dq, dk, dv = (t.transpose(1, 2) for t in found)

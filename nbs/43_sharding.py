@@ -16,7 +16,7 @@
 
 # %%
 #| export
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -137,21 +137,50 @@ class ShardedStage(PartStage):
 # The square of the global norm is a sum over every element of every gradient. Sharded, each element lives
 # on exactly one rank (times the copies), so every rank adds up the squares of its own, and one sum over all
 # ranks completes it, whatever the mixture of shardings.
+#
+# Scaling the gradients in a pass of their own would read and write all of them once more, 8 bytes a parameter,
+# clipped or not. torch's fused AdamW divides them by its `grad_scale` while it reads them anyway, and
+# only writes them back, 4 bytes.
 
 
 # %%
 #| export
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], limit: float, mesh: Mesh) -> Tensor:
-    """The global gradient norm, an fp64 scalar; gradients are scaled in place to at most `limit`."""
-    grads = [g.to_local() if isinstance(g, DTensor) else g for p in parameters if (g := p.grad) is not None]
+def clip_gradients(optimizer: torch.optim.AdamW, limit: float, mesh: Mesh) -> Tensor:
+    """The global gradient norm, an fp64 scalar; the next step of the fused `optimizer` scales it to at most `limit`.
+
+    A limit of 0 leaves the gradients alone."""
+    found = (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+    grads = [g.to_local() if isinstance(g, DTensor) else g for g in found]
     square = torch.stack(torch._foreach_norm(grads, dtype=torch.float64)).square().sum()
     if mesh.world_size > 1:
         square /= mesh.copies
         dist.all_reduce(square)
     norm = square.sqrt()
-    torch._foreach_mul_(grads, torch.clamp(limit / (norm + 1e-6), max=1.0).float())
+    optimizer.grad_scale = torch.clamp((norm + 1e-6) / limit, min=1.0).float() if limit else None
     return norm
+
+
+# %% [markdown]
+# A gradient of norm 5, limited to 1: plain gradient descent would show the step, AdamW shows it in its first
+# moment, a tenth of what is left of the gradient.
+
+# %%
+from pithtrain.parallel.mesh import Axes
+
+weights = torch.nn.Parameter(torch.zeros(2))
+weights.grad = torch.tensor([3.0, 4.0])
+optimizer = torch.optim.AdamW([weights], betas=(0.9, 0.95), fused=True)
+print("norm", clip_gradients(optimizer, 1.0, Mesh(Axes(1, 1, 1, 1))).item())
+optimizer.step()
+print("first moment", optimizer.state[weights]["exp_avg"])
+torch.testing.assert_close(optimizer.state[weights]["exp_avg"], torch.tensor([0.06, 0.08]))
+
+
+# %% [markdown]
+# ## A rank's piece of the whole
+#
+# With expert parallelism a rank's experts are some of a layer's. On disk they are named as part of all of them.
 
 
 # %%

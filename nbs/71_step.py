@@ -297,8 +297,7 @@ class Learner:
             objective.begin(tokens, len(batches))
         self.optimizer.zero_grad(set_to_none=True)
         self.engine.step(batches)
-        limit = self.config.optimizer.clip or torch.inf
-        norm = clip_gradients([p for _, p in self.named_parameters()], limit, self.mesh)
+        norm = clip_gradients(self.optimizer, self.config.optimizer.clip, self.mesh)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()

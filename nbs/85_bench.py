@@ -119,7 +119,7 @@ def make_problem(shape: Shape, device: torch.device) -> Problem:
     T, H, I, E = shape.tokens, shape.hidden, shape.expert_hidden, shape.experts  # noqa: E741
     new = lambda *size: torch.randn(size, device=device, dtype=dtype)  # noqa: E731
     leaves = (new(T, H), new(E, H) / H**0.5, new(E, 2 * I, H) / H**0.5, new(E, H, I) / I**0.5)
-    tokens, router, gate_up, down = (t.requires_grad_() for t in leaves)
+    tokens, router, gate_up, down = (torch.nn.Parameter(t) for t in leaves)
     return Problem(shape, tokens, new(T, H), router, gate_up, down)
 
 
@@ -212,15 +212,10 @@ def transformers_block(problem: Problem) -> Block:
     )
     with torch.device("meta"):
         module = Qwen3MoeSparseMoeBlock(config)
-    module.gate.weight = torch.nn.Parameter(problem.router.detach())
-    module.experts.gate_up_proj = torch.nn.Parameter(problem.gate_up.detach())
-    module.experts.down_proj = torch.nn.Parameter(problem.down.detach())
-
-    def block(tokens: Tensor) -> Tensor:
-        module.zero_grad()
-        return module(tokens[None])[0]
-
-    return block
+    module.gate.weight = problem.router
+    module.experts.gate_up_proj = problem.gate_up
+    module.experts.down_proj = problem.down
+    return lambda tokens: module(tokens[None])[0]
 
 
 # %% [markdown]

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pithtrain.kernels import attention
 from pithtrain.kernels.attention import AttendPieces, attend_piece, flash_fits, merge, pieces
 
 
@@ -154,6 +155,54 @@ def test_values_and_gradients(case, device, dtype, kv_heads, wide):
             assert a.abs().max() < 0.05  # one key: its share is 1 whatever the score
         else:
             assert error(a, b) < limit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flash_4", [False, True])
+@pytest.mark.parametrize(
+    "window, documents",
+    [(None, False), (100, False), (None, True), (100, True)],
+    ids=["causal", "window", "docs", "both"],
+)
+@pytest.mark.parametrize("heads, kv_heads, features, wide", [(8, 2, 128, 128), (4, 4, 192, 128), (8, 1, 64, 64)])
+def test_gpu_sizes_of_models(flash_4, window, documents, heads, kv_heads, features, wide, monkeypatch):
+    if flash_4 and attention.installed_flash_attention_4() is None:
+        pytest.skip("FlashAttention-4 is not installed")
+    if not flash_4:
+        monkeypatch.setattr(attention, "installed_flash_attention_4", lambda: None)
+    length = 1000
+    shapes = (2, heads, length, features), (2, kv_heads, length, features), (2, kv_heads, length, wide)
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for shape in shapes]
+    cuts = torch.tensor([0, 1, 17, 700, 1000, 1128, 2000]) if documents else None
+    cut = pieces([range(length)], [range(length)], 2, length, window, cuts)
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    true = reference(*doubles, 0.1, visible(2, length, window, cuts).to("cuda"), None)
+    upstream = torch.randn(2, heads, length, wide, device="cuda", dtype=torch.bfloat16)
+    got = AttendPieces.apply(*inputs, None, 0.1, cut)
+    assert error(got, true) < 1e-2
+    got_grads = torch.autograd.grad(got, inputs, upstream)
+    for a, b in zip(got_grads, torch.autograd.grad(true, doubles, upstream.double()), strict=True):
+        assert error(a, b) < 1e-2
+
+
+@pytest.mark.parametrize(
+    "window, documents, told",
+    [
+        (None, None, (True, None, 0, None, 8)),
+        (4, None, (False, 3, 0, None, 8)),
+        (None, [0, 3, 8, 16], (True, None, 0, [0, 3, 8, 16], 8)),
+        (4, [0, 3, 8, 16], (False, 3, 0, [0, 3, 8, 16], 8)),
+    ],
+)
+def test_what_flash_attention_4_is_told(window, documents, told):
+    q = torch.zeros(2, 4, 8, 16)
+    documents = None if documents is None else torch.tensor(documents)
+    (piece,) = pieces([range(8)], [range(8)], 2, 8, window, documents)
+    got = attention.flash_4_arguments(q, q, piece, 0.5)
+    cuts = got["cu_seqlens_q"]
+    names = ("causal", "window_size_left", "window_size_right")
+    assert (*(got[n] for n in names), cuts if cuts is None else cuts.tolist(), got["max_seqlen_k"]) == told
+    assert got["cu_seqlens_k"] is cuts and got["max_seqlen_q"] == 8 and got["softmax_scale"] == 0.5
 
 
 def test_scores_of_any_size_stay_finite():
