@@ -40,8 +40,8 @@ def reference_expert_mlp(
     out = tokens.new_zeros(tokens.shape, dtype=torch.promote_types(tokens.dtype, torch.float32))
     for e in range(len(gate_up)):
         t, k = torch.where(expert_ids == e)
-        gate, up = F.linear(tokens[t], gate_up[e]).chunk(2, dim=-1)
-        y = F.linear(F.silu(gate) * up, down[e])
+        gate, up = F.linear(tokens[t], gate_up[e].to(tokens.dtype)).chunk(2, dim=-1)
+        y = F.linear(F.silu(gate) * up, down[e].to(tokens.dtype))
         out = out.index_add(0, t, weights[t, k, None] * y)
     return out.to(tokens.dtype)
 
@@ -74,19 +74,22 @@ for name, elements in row.items():
 print(f"{'weights':16} {2 * E * 3 * I * H / MB:6.0f} MB,  {'tokens':6} {2 * T * H / MB:4.0f} MB")
 
 # %% [markdown]
-# The plan is to write each of these at most once, and the gathered tokens only for large experts:
+# The plan is to write each of these at most once:
 #
 # ```
-# forward    tokens ──gather inside──▶ [up] ──▶ hidden (P, 2I) ─ kept for backward
-#                                       └─ SwiGLU in the epilogue ─▶ activated (P, I)
+# forward    tokens ──rows──▶ [up] ──▶ hidden (P, 2I) ─ kept for backward
+#                               └─ SwiGLU in the epilogue ─▶ activated (P, I)
 #            activated ──▶ [down] ──▶ outputs (P, H) ──▶ [combine: un-permute, weigh, add] ──▶ out (T, H)
 #
-# backward   d_out ──gather inside──▶ [d activated] + hidden
-#                                       └─ epilogue: SwiGLU again and its gradient ─▶ d_hidden (P, 2I),
-#                                          w * activated (P, I), d_weights
+# backward   d_out ──rows──▶ [d activated] + hidden
+#                               └─ epilogue: SwiGLU again and its gradient ─▶ d_hidden (P, 2I),
+#                                  w * activated (P, I), d_weights
 #            d_hidden ──▶ [d tokens] ──▶ (P, H) ──▶ [combine] ──▶ d_tokens (T, H)
-#            d_hidden ᵀ × gathered tokens      ──▶ d_gate_up      these two can wait: a zero-bubble
-#            gathered d_out ᵀ × (w * activated) ──▶ d_down         pipeline runs them later
+#            d_hidden ᵀ × rows of tokens       ──▶ d_gate_up      these two can wait: a zero-bubble
+#            rows of d_out ᵀ × (w * activated) ──▶ d_down         pipeline runs them later
+#
+# rows       small experts   (T, H) ──▶ each kernel gathers as it goes: 2PH bytes read in each, none written
+#            large experts   (T, H) ──▶ [dispatch] ──▶ (P, H) in expert order: 2PH bytes written once, then read
 # ```
 #
 # Two identities keep the backward pass small.
@@ -103,8 +106,18 @@ print(f"{'weights':16} {2 * E * 3 * I * H / MB:6.0f} MB,  {'tokens':6} {2 * T * 
 # All kernels are *persistent*: as many programs as the GPU has multiprocessors, each walking over tiles,
 # and `flatten=True` lets the compiler fetch the first blocks of the next tile while this one is being
 # written. Tiles of one expert follow one another, down its rows first, so that the experts in flight fit
-# in the cache; but at most 16 tiles down before the next block of columns, because the rows of a crowded expert do not
-# fit in it: going all the way down, they would be read from memory once for every block of columns.
+# in the cache; but at most 16 tiles down before the next block of columns. The rows of a crowded expert do not fit in
+# it: going all the way down, they would be read from memory once for every block of columns. For one with 16,384 rows
+# of GPT-OSS's *down*, what the 132 tiles in flight on an H100 read; its cache holds 50 MB:
+
+# %%
+down, across, H = 16384 // 128, -(-2880 // 256), 2880
+for band in (4, 16, down):
+    starts = range(0, down, band)
+    order = [(top + i, j) for top in starts for j in range(across) for i in range(min(band, down - top))]
+    rows, columns = (len(set(tiles)) for tiles in zip(*order[132:264], strict=True))
+    print(f"{band:3} down: {rows:3} tiles of rows {2 * rows * 128 * H / 1e6:5.1f} MB,", end=" ")
+    print(f"{columns:2} of columns {2 * columns * 256 * H / 1e6:5.1f} MB")
 
 
 # %%
@@ -645,13 +658,15 @@ def weight_gradient_kernel(
                 acc = tl.dot(t.T, sorted_desc.load([row, n]), acc, input_precision="ieee")
             else:
                 acc = tl.dot(sorted_desc.load([row, m]).T, t, acc, input_precision="ieee")
-        out_desc.store([e, m, n], acc.to(token_ptr.dtype.element_ty).reshape(1, BM, BN))
+        left, right = halves(acc, BM, BN)
+        out_desc.store([e, m, n], left.reshape(1, BM, BN // 2))
+        out_desc.store([e, m, n + BN // 2], right.reshape(1, BM, BN // 2))
 
 
 # %%
 #| export
 def weight_gradient(
-    rows: Tensor, per_token: Tensor, order: Sorted, gather_left: bool, blocks: Blocks | None = None
+    rows: Tensor, per_token: Tensor, order: Sorted, gather_left: bool, dtype: torch.dtype, blocks: Blocks | None = None
 ) -> Tensor:
     """Sum over each expert's rows of left^T right, one side `rows` (P, .), the other gathered from (T, .)."""
     left, right = (per_token, rows) if gather_left else (rows, per_token)
@@ -659,38 +674,43 @@ def weight_gradient(
     b = blocks or blocks_for(rows)
     narrow, wide = min(b.rows, b.columns), max(b.rows, b.columns)
     tall, across = (narrow, wide) if gather_left else (wide, narrow)
-    out = rows.new_empty(E, M, N)
+    out = rows.new_empty(E, M, N, dtype=dtype)
     weight_gradient_kernel[(programs,)](
         TensorDescriptor.from_tensor(rows, [b.inner, wide]), per_token, order.pair,
-        TensorDescriptor.from_tensor(out, [1, tall, across]), order.offsets, M, N, E, order.slot.shape[1], gather_left,
-        tall, across, b.inner, programs, num_warps=b.warps, num_stages=b.stages + 1,
+        TensorDescriptor.from_tensor(out, [1, tall, across // 2]), order.offsets, M, N, E, order.slot.shape[1],
+        gather_left, tall, across, b.inner, programs, num_warps=b.warps, num_stages=b.stages + 1,
     )  # fmt: skip
     return out
 
 
 # %%
 #| export
-def gate_up_gradient(d_hidden: Tensor, tokens: Tensor, order: Sorted, in_order: bool = False) -> Tensor:
+def gate_up_gradient(
+    d_hidden: Tensor, tokens: Tensor, order: Sorted, dtype: torch.dtype, in_order: bool = False
+) -> Tensor:
     """Gradient of gate_up (E, 2I, H), from what `activation_gradient` left; `tokens` as in `up_projection`."""
     if in_order:
-        return F.grouped_mm(d_hidden.T, tokens, offs=order.offsets[1:])
-    return weight_gradient(d_hidden, tokens, order, gather_left=False)
+        return F.grouped_mm(d_hidden.T, tokens, offs=order.offsets[1:]).to(dtype)
+    return weight_gradient(d_hidden, tokens, order, False, dtype)
 
 
-def down_gradient(scaled: Tensor, grad: Tensor, order: Sorted, in_order: bool = False) -> Tensor:
+def down_gradient(scaled: Tensor, grad: Tensor, order: Sorted, dtype: torch.dtype, in_order: bool = False) -> Tensor:
     """Gradient of down (E, H, I), from what `activation_gradient` left; `grad` as there."""
     if in_order:
-        return F.grouped_mm(grad.T, scaled, offs=order.offsets[1:])
-    return weight_gradient(scaled, grad, order, gather_left=True)
+        return F.grouped_mm(grad.T, scaled, offs=order.offsets[1:]).to(dtype)
+    return weight_gradient(scaled, grad, order, True, dtype)
 
 
 # %%
 if INTERPRETED:
-    torch.testing.assert_close(gate_up_gradient(d_hidden, x.detach(), order), gate_up.grad)
-    torch.testing.assert_close(down_gradient(scaled, torch.ones_like(x), order), down.grad)
+    torch.testing.assert_close(gate_up_gradient(d_hidden, x.detach(), order, x.dtype), gate_up.grad)
+    torch.testing.assert_close(down_gradient(scaled, torch.ones_like(x), order, x.dtype), down.grad)
 
 # %% [markdown]
 # ## Together
+#
+# Weights that are kept in float32 are converted here, not by the caller. Autograd would hand the caller half-precision
+# gradients and convert those in another pass over all of them; the accumulators hold float32 already.
 #
 # `hidden` is the only large tensor kept from forward to backward. In the backward pass `d_down` is
 # made first, so that `scaled` is gone before the larger `d_gate_up` is made.
@@ -710,6 +730,7 @@ class ExpertMLP(torch.autograd.Function):
     def forward(ctx, tokens, expert_ids, weights, gate_up, down, num_pairs, bias):
         order = sort_pairs(expert_ids, len(gate_up), blocks_for(tokens).rows, num_pairs)
         in_order = dispatch_first(tokens, down)
+        ctx.dtype, gate_up, down = gate_up.dtype, gate_up.to(tokens.dtype), down.to(tokens.dtype)
         rows = dispatch(tokens, order) if in_order else tokens
         hidden, activated = up_projection(rows, gate_up, order, in_order, bias)
         out, _ = combine(grouped_product(activated, down, order, transposed=True), order, weights)
@@ -727,17 +748,17 @@ class ExpertMLP(torch.autograd.Function):
         grad = dispatch(grad, order) if in_order else grad
         d_hidden, scaled, partials = activation_gradient(grad, down, weights, hidden, order, in_order, ctx.clamped)
         if wants_down:
-            d_down = down_gradient(scaled, grad, order, in_order)
+            d_down = down_gradient(scaled, grad, order, ctx.dtype, in_order)
         del scaled, grad
         if wants_tokens or wants_weights:
             d_tokens, d_weights = input_gradients(d_hidden, partials, gate_up, order)
         if wants_gate_up:
             rows = dispatch(tokens, order) if in_order else tokens
-            d_gate_up = gate_up_gradient(d_hidden, rows, order, in_order)
+            d_gate_up = gate_up_gradient(d_hidden, rows, order, ctx.dtype, in_order)
             del rows
         if any(wants_bias):  # a bias is the weight of an input that is always 1; a descriptor's rows take 16 bytes
             ones = tokens.new_ones(len(tokens), 16 // tokens.element_size())
-            d_bias = weight_gradient(d_hidden, ones, order, gather_left=False)[..., 0]
+            d_bias = weight_gradient(d_hidden, ones, order, False, d_hidden.dtype)[..., 0]
         return d_tokens, None, d_weights, d_gate_up, d_down, None, d_bias
 
 
@@ -759,8 +780,8 @@ def triton_expert_mlp(
     want("tokens", tokens, (T, H), dtypes, device)
     want("expert_ids", expert_ids, (T, K), (torch.int32, torch.int64), device)
     want("weights", weights, (T, K), (torch.float32,), device)
-    want("gate_up", gate_up, (E, 2 * I, H), (tokens.dtype,), device)
-    want("down", down, (E, H, I), (tokens.dtype,), device)
+    want("gate_up", gate_up, (E, 2 * I, H), (tokens.dtype, torch.float32), device)
+    want("down", down, (E, H, I), (gate_up.dtype,), device)
     if bias is not None:
         want("bias", bias, (E, 2 * I), (tokens.dtype,), device)
         bias = bias.contiguous()
@@ -808,7 +829,8 @@ def expert_mlp(
     """For each token the weighted sum over its experts of down @ (silu(gate x) * (up x)): (T, H), as `tokens`.
 
     tokens (T, H) in float32, bfloat16 or float16; expert_ids (T, K) int32 or int64, -1 for an expert that is not on
-    this rank (contributes nothing); weights (T, K) float32; gate_up (E, 2I, H), gate rows first; down (E, H, I).
+    this rank (contributes nothing); weights (T, K) float32; gate_up (E, 2I, H), gate rows first; down (E, H, I); both
+    as `tokens`, or float32: then they are rounded to it, and their gradients are float32, unrounded.
     `num_pairs` is the number of ids that are not -1, if the host knows it: buffers are then that long instead
     of T * K. Nothing waits for the GPU. The gradient of `weights` where the id is -1 is zero."""
     run = triton_expert_mlp if tokens.is_cuda and runs_triton(tokens) else reference_expert_mlp
@@ -847,8 +869,9 @@ if home:
 # programs at staggered times (no gain, and much slower where the delay is long: programs in step share what they
 # read); Triton 3.6's automatic warp specialisation (it compiled, and hung); tiles of 128 x 192, which divide 2,880
 # without a rest, as two products in one loop; descriptors for what *up* stores (no gain for any shape) and for what
-# *d activated* stores (slower); *d activated* flattened, or with more blocks in flight (on rows in order no gain;
-# flattened while it gathers, half as long again).
+# *d activated* loads or stores (slower); *d activated* flattened, or with more blocks in flight (on rows in order no
+# gain; flattened while it gathers, half as long again), or with the next quarter of `hidden` on its way while one is
+# used (slower: there are no registers left).
 
 # %% [markdown]
 # How fast it is on a GPU, against the bare matrix products and other implementations, is in

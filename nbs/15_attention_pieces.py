@@ -15,7 +15,6 @@
 
 # %%
 #| export
-import importlib
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cache
@@ -263,7 +262,8 @@ for row in piece_scores(q, k, 1.0, Piece(slice(None), slice(None), slice(None), 
 # be: the band, and documents as cumulative lengths. cuDNN's kernel is faster on Hopper GPUs and newer, and takes
 # squares, full or causal; it prepares a plan for each new shape, so that pieces that follow the lengths of
 # documents are not for it. FlashAttention-4, a package of its own (`pip install pithtrain[fa4]`), takes what
-# FlashAttention-2 takes, on the same GPUs as cuDNN's; where it is installed it takes its place.
+# FlashAttention-2 takes, on the same GPUs as cuDNN's; where it is installed it takes its place, and cuDNN's below 256
+# features. (It compiles its kernels when they are first called, some ten seconds for each kind of piece.)
 
 
 # %%
@@ -276,17 +276,6 @@ def flash_fits(q: Tensor, value_features: int) -> bool:
 
 # %%
 #| export
-def cudnn_fits(q: Tensor, k: Tensor, v: Tensor, piece: Piece) -> bool:
-    """Whether cuDNN's kernels take these queries, keys and values of a piece, and are the faster choice."""
-    square = piece.cuts is None and piece.rows == slice(None) and q.shape[2] == k.shape[2]
-    if not square or piece.left >= 0 or piece.right > 0 or torch.cuda.get_device_capability(q.device) < (9, 0):
-        return False
-    given = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, piece.right == 0, q.shape[1] != k.shape[1])
-    return torch.backends.cuda.can_use_cudnn_attention(given)
-
-
-# %%
-#| export
 @cache
 def installed_flash_attention_4() -> ModuleType | None:
     """FlashAttention-4's module of both directions; None where the extra `fa4` is not installed."""
@@ -294,15 +283,30 @@ def installed_flash_attention_4() -> ModuleType | None:
         version("flash-attn-4")
     except PackageNotFoundError:
         return None
-    return importlib.import_module("flash_attn.cute.interface")
+    from flash_attn.cute import interface
+
+    return interface
 
 
 # %%
 #| export
 def flash_attention_4(q: Tensor, value_features: int) -> ModuleType | None:
-    """FlashAttention-4, if it is installed and takes these queries, which `flash_fits`, and their values."""
-    takes = value_features % 8 == 0 and torch.cuda.get_device_capability(q.device) >= (9, 0)
-    return installed_flash_attention_4() if takes else None
+    """FlashAttention-4, if it is installed and takes these queries, with values of so many features."""
+    takes = flash_fits(q, value_features) and value_features % 8 == 0
+    return installed_flash_attention_4() if takes and torch.cuda.get_device_capability(q.device) >= (9, 0) else None
+
+
+# %%
+#| export
+def cudnn_fits(q: Tensor, k: Tensor, v: Tensor, piece: Piece) -> bool:
+    """Whether cuDNN's kernels take these queries, keys and values of a piece, and are the faster choice."""
+    square = piece.cuts is None and piece.rows == slice(None) and q.shape[2] == k.shape[2]
+    if not square or piece.left >= 0 or piece.right > 0 or torch.cuda.get_device_capability(q.device) < (9, 0):
+        return False
+    if q.shape[-1] < 256 and flash_attention_4(q, v.shape[-1]):
+        return False
+    given = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, piece.right == 0, q.shape[1] != k.shape[1])
+    return torch.backends.cuda.can_use_cudnn_attention(given)
 
 
 # %%
@@ -595,6 +599,32 @@ for seen in (1, 2, 8):
 ax.axhline(1, color="0.6", linestyle=":", label="without a sink")
 ax.set(title="Weight left for keys beside a sink of logit 0", xlabel="score of each key", ylabel="sum of weights")
 ax.legend(fontsize=8)
+fig
+
+# %% [markdown]
+# ## Which kernel, on an H100
+#
+# Forward and backward of one piece, 4 rows of 4,096 tokens in bf16 (`tools/attention_kernels.py`); the numbers behind
+# the names are the features of a head.
+
+# %%
+import json
+from pathlib import Path
+
+home = next((p for p in [Path.cwd(), *Path.cwd().parents] if (p / "docs" / "benchmarks").is_dir()), None)
+if home:
+    measured = json.loads((home / "docs/benchmarks/attention-h100.json").read_text())
+    print(measured["device"], measured["versions"], measured["date"])
+    fig, ax = plt.subplots(figsize=(7, 3.6))
+    for shift, kernel in zip((-0.27, 0, 0.27), ("FlashAttention-2", "FlashAttention-4", "cuDNN"), strict=True):
+        heights = [case.get(kernel, 0) for case in measured["ms"].values()]
+        bars = ax.barh([i + shift for i in range(len(heights))], heights, height=0.25, label=kernel)
+        ax.bar_label(bars, [f"{ms:.2f}" if ms else "" for ms in heights], fontsize=6)
+    ax.set_yticks(range(len(measured["ms"])), measured["ms"])
+    ax.invert_yaxis()
+    ax.set(title="Attention, forward and backward", xlabel="ms")
+    ax.legend(fontsize=8)
+    fig.tight_layout()
 fig
 
 # %% [markdown]

@@ -244,9 +244,10 @@ class Experts(nn.Module):
         """For each token the weighted sum of its experts' outputs: (T, H) in the dtype of `tokens` (T, H).
 
         `expert_ids` (T, K), -1 for a pair that is not computed here; `weights` (T, K), fp32."""
+        if kernels_take(tokens, self.down.shape[2]):
+            return triton_expert_mlp(tokens, expert_ids, weights, self.gate_up, self.down)
         gate_up, down = self.gate_up.to(tokens.dtype), self.down.to(tokens.dtype)
-        run = triton_expert_mlp if kernels_take(tokens, down.shape[2]) else ExpertMLP.apply
-        return run(tokens, expert_ids, weights, gate_up, down)
+        return ExpertMLP.apply(tokens, expert_ids, weights, gate_up, down)
 
 
 # %%

@@ -130,13 +130,14 @@ class ClampedExperts(nn.Module):
         """For each token the weighted sum of its experts' outputs: (T, H) in the dtype of `tokens` (T, H).
 
         `expert_ids` (T, K), -1 for a pair that is not computed here; `weights` (T, K), fp32."""
-        parameters = self.gate_up, self.down, self.gate_up_bias, self.down_bias
-        gate_up, down, bias, down_bias = (parameter.to(tokens.dtype) for parameter in parameters)
+        gate_up, down, bias = self.gate_up, self.down, self.gate_up_bias.to(tokens.dtype)
         ids = expert_ids.where(expert_ids >= 0, len(down))
-        run = triton_expert_mlp if kernels_take(tokens, down.shape[2]) else clamped_pairs
-        output = run(tokens, expert_ids, weights, gate_up, down, bias=bias)
+        if kernels_take(tokens, down.shape[2]):
+            output = triton_expert_mlp(tokens, expert_ids, weights, gate_up, down, bias=bias)
+        else:
+            output = clamped_pairs(tokens, expert_ids, weights, gate_up.to(tokens.dtype), down.to(tokens.dtype), bias)
         shares = weights.new_zeros(len(tokens), len(down) + 1).scatter_add(1, ids, weights)[:, :-1]
-        return torch.addmm(output.float(), shares.float(), down_bias.float()).to(tokens.dtype)
+        return torch.addmm(output.float(), shares.float(), self.down_bias.float()).to(tokens.dtype)
 
 
 # %%
@@ -158,7 +159,8 @@ for a, b in zip((fast, *fast_grads), (slow, *slow_grads), strict=True):
     print(f"{tuple(a.shape)!s:14} relative difference {((a - b).norm() / b.norm()).item():.1e}")
 
 # %% [markdown]
-# What the kernels save on a GPU, for one layer of GPT-OSS-20B's widths, forward and backward:
+# What the kernels save on a GPU, for one layer of GPT-OSS-20B's widths, forward and backward
+# (`tools/clamped_experts.py`):
 
 # %%
 import json

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pithtrain.kernels.attention import TILE, AttendPieces, flash_fits, pieces
+from pithtrain.kernels.attention import TILE, AttendPieces, flash_attention_4, flash_fits, pieces
 from pithtrain.layers.linear import Linear
 from pithtrain.layers.norm import RMSNorm
 from pithtrain.layers.rotary import rotate
@@ -108,7 +108,8 @@ class OneRank:
         share each sequence, rows are whole sequences here. window: a query sees itself and the window - 1 keys
         before it. sinks: (heads,) the logit of a key without a value."""
         rows, queries, keys = q.shape[0], q.shape[2], k.shape[2]
-        if documents is None and window is None and sinks is None and queries in (1, keys):
+        dense = documents is None and window is None and sinks is None
+        if dense and (queries == 1 or (queries == keys and flash_attention_4(q, v.shape[-1]) is None)):
             return F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, scale=scale, enable_gqa=True)
         if documents is not None and queries != keys:
             raise ValueError(f"documents: {queries} queries meet {keys} keys; packed documents have no cache")

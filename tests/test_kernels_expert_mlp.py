@@ -76,6 +76,27 @@ def test_all_tokens_to_one_expert_and_others_empty(dtype):
     compare(problem(70, 32, 24, 6, 1, dtype, torch.full((70, 1), 3)))
 
 
+def test_an_expert_of_more_rows_than_a_band_of_tiles():
+    rows = 16 * mlp.blocks_for(torch.empty(0, device=DEVICE)).rows + 5
+    ids = torch.where(torch.arange(rows + 50) < rows, 1, torch.randint(0, 3, (rows + 50,)))[:, None]
+    compare(problem(rows + 50, 24, 40, 3, 1, torch.float32, ids))
+
+
+@pytest.mark.parametrize("ids", [None, torch.full((64, 2), 3)], ids=["near-uniform", "one expert"])
+def test_float32_weights_get_the_gradients_of_half_ones_before_rounding(ids):
+    half = problem(64, 40, 24, 5, 2, HALF, ids)
+    x, w = (t.detach().requires_grad_() for t in (half[0], half[2]))
+    masters = [t.detach().float().requires_grad_() for t in half[3:]]
+    grad = torch.randn_like(x)
+    rounded, unrounded = mlp.triton_expert_mlp(*half), mlp.triton_expert_mlp(x, half[1], w, *masters)
+    rounded.backward(grad)
+    unrounded.backward(grad)
+    assert torch.equal(rounded, unrounded) and torch.equal(x.grad, half[0].grad) and torch.equal(w.grad, half[2].grad)
+    for master, leaf in zip(masters, half[3:], strict=True):
+        assert master.grad.dtype == torch.float32 and not torch.equal(master.grad, leaf.grad.float())
+        assert torch.equal(master.grad.to(HALF), leaf.grad)
+
+
 @pytest.mark.parametrize("given", [False, True])
 def test_absent_pairs_contribute_nothing(given):
     ids = torch.randint(-4, 6, (60, 3)).clamp(min=-1)
