@@ -9,7 +9,10 @@
 # $$o_t = \sum_k w_{tk}\, D_{e}\, a_{tk}, \qquad a_{tk} = \mathrm{silu}(g_{tk}) \odot u_{tk}, \qquad
 #   \begin{pmatrix} g_{tk} \\ u_{tk} \end{pmatrix} = W_{e}\, x_t, \qquad e = e_{tk}.$$
 #
-# $W_e$ (`gate_up[e]`) stacks the gate rows on the up rows, $D_e$ is `down[e]`.
+# $x_t$ has $H$ features, and $a_{tk}$ has $I$, the expert's hidden size. $W_e$ (`gate_up[e]`, $2I \times H$) stacks the
+# gate rows on the up rows; $D_e$ is `down[e]`, $H \times I$. There are $E$ experts, $T$ tokens and $P = TK$ rows, which
+# are the (token, expert) pairs [sorted by expert](11_sort.py). A bar is a gradient:
+# $\bar o_t = \partial L / \partial o_t$.
 
 # %%
 #| default_exp kernels.expert_mlp
@@ -62,8 +65,9 @@ print(reference_expert_mlp(*args).shape)
 # ## What moves through memory
 #
 # Count bytes before writing a kernel. Take Qwen3-30B-A3B in bf16 with 16,384 tokens: $H = 2048$, $I = 768$,
-# $E = 128$, $K = 8$, so $P = TK = 131{,}072$ rows. The arithmetic takes about 5 ms at the speed an H100
-# really reaches; 3 TB/s of memory moves 15 GB in that time. A straightforward implementation moves:
+# $E = 128$, $K = 8$, so $P = TK = 131{,}072$ rows. Forward and backward are 3.7 TFLOP, which PyTorch's grouped products
+# do in 6.9 ms on an H100; 3 TB/s of memory moves 21 GB in that time. These are the tensors of the forward pass;
+# a straightforward implementation writes all of them, and backward a gradient of each, some of them more than once:
 
 # %%
 T, H, I, E, K = 16384, 2048, 768, 128, 8
@@ -85,11 +89,12 @@ print(f"{'weights':16} {2 * E * 3 * I * H / MB:6.0f} MB,  {'tokens':6} {2 * T * 
 #                               └─ epilogue: SwiGLU again and its gradient ─▶ d_hidden (P, 2I),
 #                                  w * activated (P, I), d_weights
 #            d_hidden ──▶ [d tokens] ──▶ (P, H) ──▶ [combine] ──▶ d_tokens (T, H)
-#            d_hidden ᵀ × rows of tokens       ──▶ d_gate_up      these two can wait: a zero-bubble
-#            rows of d_out ᵀ × (w * activated) ──▶ d_down         pipeline runs them later
+#            d_hidden ᵀ × rows of tokens       ──▶ d_gate_up      these two can wait: some pipeline
+#            rows of d_out ᵀ × (w * activated) ──▶ d_down         schedules run them later
 #
 # rows       small experts   (T, H) ──▶ each kernel gathers as it goes: 2PH bytes read in each, none written
-#            large experts   (T, H) ──▶ [dispatch] ──▶ (P, H) in expert order: 2PH bytes written once, then read
+#            large experts   (T, H) ──▶ [dispatch] ──▶ (P, H) in expert order: 2PH bytes written, then read;
+#                            three times: tokens forward, tokens again backward (they are not kept), d_out
 # ```
 #
 # Two identities keep the backward pass small.
@@ -103,21 +108,41 @@ print(f"{'weights':16} {2 * E * 3 * I * H / MB:6.0f} MB,  {'tokens':6} {2 * T * 
 #
 # ## A tile of a grouped product
 #
-# All kernels are *persistent*: as many programs as the GPU has multiprocessors, each walking over tiles,
-# and `flatten=True` lets the compiler fetch the first blocks of the next tile while this one is being
-# written. Tiles of one expert follow one another, down its rows first, so that the experts in flight fit
-# in the cache; but at most 16 tiles down before the next block of columns. The rows of a crowded expert do not fit in
-# it: going all the way down, they would be read from memory once for every block of columns. For one with 16,384 rows
-# of GPT-OSS's *down*, what the 132 tiles in flight on an H100 read; its cache holds 50 MB:
+# The kernels that multiply are *persistent*: as many programs as the GPU has multiprocessors, each walking over tiles.
+# In all but one, `flatten=True` lets the compiler fetch the first blocks of the next tile while this one is being
+# written. Products with an expert's weights take its tiles one after another, down its rows first, so that a block of
+# its weights, once in the cache, serves them all.
+#
+# But at most 16 tiles down before the next block of columns. The rows of a crowded expert do not fit in the cache, 50
+# MB on an H100: going all the way down would read them from memory once for every block of columns. Take GPT-OSS's
+# *down* and an expert with 16,384 rows; what a cache that forgets the least recently used block must read from memory,
+# by how many tiles go down:
 
 # %%
-down, across, H = 16384 // 128, -(-2880 // 256), 2880
-for band in (4, 16, down):
-    starts = range(0, down, band)
-    order = [(top + i, j) for top in starts for j in range(across) for i in range(min(band, down - top))]
-    rows, columns = (len(set(tiles)) for tiles in zip(*order[132:264], strict=True))
-    print(f"{band:3} down: {rows:3} tiles of rows {2 * rows * 128 * H / 1e6:5.1f} MB,", end=" ")
-    print(f"{columns:2} of columns {2 * columns * 256 * H / 1e6:5.1f} MB")
+from collections import OrderedDict
+
+
+def read_from_memory(band: int, down: int = 16384 // 128, across: int = -(-2880 // 256)) -> float:
+    """MB read for all tiles of an expert, whose rows and columns are 2,880 numbers long, in bf16."""
+    cache, held, read = OrderedDict(), 0, 0
+    for top in range(0, down, band):
+        for tile in ((i, j) for j in range(across) for i in range(top, min(top + band, down))):
+            for block in (("rows", tile[0], 128), ("columns", tile[1], 256)):
+                if block not in cache:
+                    cache[block] = None
+                    held, read = held + block[2], read + block[2]
+                cache.move_to_end(block)
+                while held * 2880 * 2 > 50e6:
+                    held -= cache.popitem(last=False)[0][2]
+    return read * 2880 * 2 / 1e6
+
+
+for band in (1, 4, 16, 32, 128):
+    print(f"{band:3} down: {read_from_memory(band):6.0f} MB")
+
+# %% [markdown]
+# Few are enough for the cache; with more of them, the 132 tiles in flight share a block of weights among more, and
+# 8, 16 and 32 were as fast as one another on an H100.
 
 
 # %%
@@ -146,25 +171,27 @@ def halves(x, R: tl.constexpr, C: tl.constexpr):
 
 # %% [markdown]
 # `locate` and `halves` are used inside the kernels that follow; a drawing shows the walk: six experts with
-# uneven loads, tiles of four rows, numbered in the order in which they are visited.
+# uneven loads, tiles of four rows, at most three down, numbered in the order in which they are visited.
 
 # %%
 import matplotlib.pyplot as plt
 
 
-def walk(loads, across, rows):
-    order = []
+def walk(loads, across, rows, band):
+    order, first = [], 0
     for e, load in enumerate(loads):
         down = -(-load // rows)
-        order += [(sum(-(-n // rows) for n in loads[:e]) + i % down, i // down, e) for i in range(down * across)]
+        for top in range(0, down, band):
+            order += [(first + top + i, j, e) for j in range(across) for i in range(min(band, down - top))]
+        first += down
     return order
 
 
 fig, ax = plt.subplots(figsize=(6, 3))
-for n, (r, c, e) in enumerate(walk([9, 3, 0, 14, 4, 6], across=3, rows=4)):
+for n, (r, c, e) in enumerate(walk([9, 3, 0, 19, 4, 6], across=3, rows=4, band=3)):
     ax.add_patch(plt.Rectangle((c, r), 1, 1, color=f"C{e}", alpha=0.5, ec="w"))
     ax.text(c + 0.5, r + 0.5, n, ha="center", va="center", fontsize=7)
-ax.set(xlim=(0, 3), ylim=(11, 0), title="The order of tiles", xlabel="block of columns", ylabel="tile of rows")
+ax.set(xlim=(0, 3), ylim=(12, 0), title="The order of tiles", xlabel="block of columns", ylabel="tile of rows")
 fig
 
 # %% [markdown]
@@ -207,16 +234,16 @@ def programs_on(tensor: Tensor) -> int:
 # ## Two ways to the rows of an expert
 #
 # The tokens of an expert lie anywhere. A kernel can *gather* them as it goes, by a pointer for each row: nothing is
-# written for it, but the addresses take a share of every block's time. Or they are put in expert order once, by
-# `dispatch`, for one write and one read of $(P, H)$; from then on they are a regular matrix, which the GPU's tensor
-# memory accelerator brings without taking any thread's time (through a *descriptor*, which also fills with zeros what
-# lies outside the tensor, and so takes care of sizes that no block divides), and which PyTorch's own grouped product
-# takes as well.
+# written for it, but the addresses take a share of every block's time. Or `dispatch` puts them in expert order, which
+# writes $(P, H)$; from then on they are a regular matrix. The GPU's tensor memory accelerator brings it through a
+# *descriptor*, without taking any thread's time. A descriptor fills what lies outside the tensor with zeros, so no
+# block size has to divide the sizes. PyTorch's own grouped product, in bf16, takes such a matrix too.
 #
-# The product costs $2PHN$ operations and the copy $4PH$ bytes, so the larger $N$, the less the copy counts. In the
-# whole block, forward and backward, in turns on one H100, gathering is faster at 768 hidden units (Qwen3-30B-A3B), and
-# the copy at 1,408 (DeepSeek-V2-Lite) and, more so, at 2,880 (GPT-OSS). The line is drawn in between;
-# the table at the end shows each product by either way.
+# A product costs $2PHN$ operations for $N$ columns of output ($2I$ for *up*), and a dispatch writes $2PH$ bytes that
+# gathering does not, so the larger $N$, the less it counts. In the whole block, forward and backward, in turns on one
+# H100, gathering is faster at 768 hidden units (Qwen3-30B-A3B), and dispatching at 1,408 (DeepSeek-V2-Lite, by less
+# than a hundredth) and, more so, at 2,880 (GPT-OSS). The line is drawn in between; the table at the end has each
+# product by either way.
 
 
 # %%
@@ -515,7 +542,7 @@ if INTERPRETED:
 #
 # It works through the accumulator in quarters, because registers are short: 128 x 256 sums in fp32 fill half
 # of them. For the same reason this kernel alone is not flattened: the fetches of the next tile would push the
-# epilogue's numbers out to memory, and it ran half as fast.
+# epilogue's numbers out to memory. Flattened, gathering takes 1.5 times as long; on rows in order it gains nothing.
 #
 # One more duty: the weight-gradient kernel reads whole blocks of rows, and the last block may reach past the
 # last valid row. Those few rows are set to zero here, because 0 times an uninitialised NaN is NaN.
@@ -709,10 +736,12 @@ if INTERPRETED:
 # %% [markdown]
 # ## Together
 #
-# Weights that are kept in float32 are converted here, not by the caller. Autograd would hand the caller half-precision
-# gradients and convert those in another pass over all of them; the accumulators hold float32 already.
+# Weights kept in float32 are rounded here, not by the caller, whose conversion would also round their gradients and
+# take another pass over all of them: `weight_gradient` stores its float32 accumulator as it is. PyTorch's grouped
+# product returns bf16 alone, so where rows are put in order, gradients are rounded, and then converted.
 #
-# `hidden` is the only large tensor kept from forward to backward. In the backward pass `d_down` is
+# The backward pass needs `hidden` (P, 2I), the inputs, and the weights as they were multiplied: of float32 weights a
+# copy in half precision is kept until then, for Qwen3-30B-A3B 1.2 GB a layer beside 0.4 GB of `hidden`. `d_down` is
 # made first, so that `scaled` is gone before the larger `d_gate_up` is made.
 #
 # A zero-bubble pipeline (arXiv 2401.10241) walks the graph twice: once for the gradients of the inputs, which
@@ -830,24 +859,23 @@ def expert_mlp(
 
     tokens (T, H) in float32, bfloat16 or float16; expert_ids (T, K) int32 or int64, -1 for an expert that is not on
     this rank (contributes nothing); weights (T, K) float32; gate_up (E, 2I, H), gate rows first; down (E, H, I); both
-    as `tokens`, or float32: then they are rounded to it, and their gradients are float32, unrounded.
+    as `tokens`, or float32: then they are rounded to it, and their gradients are float32, not rounded on the way
+    where rows are gathered (see `dispatch_first`).
     `num_pairs` is the number of ids that are not -1, if the host knows it: buffers are then that long instead
     of T * K. Nothing waits for the GPU. The gradient of `weights` where the id is -1 is zero."""
     run = triton_expert_mlp if tokens.is_cuda and runs_triton(tokens) else reference_expert_mlp
     return run(tokens, expert_ids, weights, gate_up, down, num_pairs)
 
 
-# %%
-args = problem(T=6, H=8, I=4, E=3, K=2)
-torch.testing.assert_close(expert_mlp(*args), reference_expert_mlp(*args))
-
 # %% [markdown]
 # ## Where the time goes
 #
 # Each product alone, on an H100 (`tools/expert_products.py`), beside PyTorch's grouped product of the same size. Ours
 # do more: *up* applies SwiGLU, and *d activated* SwiGLU's gradient and the router weights'. *Gathering* finds its rows
-# token by token, *in order* reads rows that `dispatch` wrote. Each stands for one product in its own steady state; in
-# the whole block the card's clock is another.
+# token by token, *in order* reads rows that `dispatch` wrote; three dispatches come with it. Of rows in order
+# `grouped_mm` itself makes the weight gradients, hence no figure there. What order speeds up is *up* and most weight
+# gradients, not *d activated*. Each stands for one product in its own steady state; in the whole block the card's clock
+# is another.
 
 # %%
 import json
@@ -864,14 +892,17 @@ if home:
             print(f"  {row['product']:16}" + "".join(f"{ms:12.2f}" if ms else " " * 12 for ms in times))
 
 # %% [markdown]
-# What was tried and lost: two smaller tiles at a time on each multiprocessor, so that one writes while the other
-# multiplies (small tiles read the cache too often); fetching `hidden` into the cache ahead of the epilogue; starting
-# programs at staggered times (no gain, and much slower where the delay is long: programs in step share what they
-# read); Triton 3.6's automatic warp specialisation (it compiled, and hung); tiles of 128 x 192, which divide 2,880
-# without a rest, as two products in one loop; descriptors for what *up* stores (no gain for any shape) and for what
-# *d activated* loads or stores (slower); *d activated* flattened, or with more blocks in flight (on rows in order no
-# gain; flattened while it gathers, half as long again), or with the next quarter of `hidden` on its way while one is
-# used (slower: there are no registers left).
+# What was tried and lost:
+#
+# * two smaller tiles at a time on each multiprocessor, so that one writes while the other multiplies: small tiles read
+#   the cache too often (a third slower);
+# * `hidden` brought into the cache ahead of the epilogue, or its next quarter loaded while one is used: there are no
+#   registers left;
+# * descriptors for what *d activated* loads or stores (slower by a sixth and more), or for what *up* stores (no gain);
+# * programs that start at staggered times: no gain, and much slower where the delay is long, since programs in step
+#   share what they read;
+# * tiles of 128 x 192, which divide 2,880 without a rest, as two products in one loop;
+# * Triton 3.6's automatic warp specialisation: it hung, or changed nothing.
 
 # %% [markdown]
 # How fast it is on a GPU, against the bare matrix products and other implementations, is in

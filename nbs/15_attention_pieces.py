@@ -30,7 +30,7 @@ from torch import Tensor
 # %%
 #| export
 TILE = 128
-"""Queries in a piece of the plain mathematics: bounds its memory, and what it computes beyond a query's band."""
+"""Most queries in a piece whose scores are written to memory: bounds that memory, and the scores computed unseen."""
 
 # %% [markdown]
 # ## The maths
@@ -76,11 +76,11 @@ torch.testing.assert_close(merged, (q @ k.T).softmax(dim=-1) @ v)
 # %% [markdown]
 # ## Cutting the score matrix
 #
-# Which keys a query sees depends on three things: the past (no key behind the query), the document (no key
-# before its start) and the window (the query and the `window - 1` keys before it). All three are ranges of
-# positions, so what remains of a run of queries against a run of keys is one rectangle, perhaps with a
-# diagonal cut through two of its corners: the band that FlashAttention's kernels can walk. A `Piece` is
-# such a rectangle, trimmed until every query in it sees a key (a softmax over nothing has no value).
+# Which keys a query sees depends on three things: its position (no key after it), the document (no key before its
+# start) and the window (the query and the `window - 1` keys before it). All three are ranges of positions. So of a
+# stretch of queries against a stretch of keys, each document leaves one rectangle, two of whose corners may be cut off
+# diagonally: a band, which FlashAttention's kernels can walk. A `Piece` is such a rectangle, trimmed until every query
+# in it sees a key (a softmax over nothing has no value).
 
 
 # %%
@@ -127,10 +127,10 @@ def documents_from(
 print([(row.start, document) for row, document in documents_from(4, 8, 2, 8, [0, 3, 6, 8, 16])])
 
 # %% [markdown]
-# Two details of the cutting serve speed. The plain mathematics below forms a piece's scores: it gets queries in
-# tiles of `TILE`, so that the scores stay small and no tile meets keys beyond its band. FlashAttention's kernels
-# need no tiles, and take any number of documents in one call: where a run meets itself, they are one piece
-# with `cuts`.
+# Two details of the cutting serve speed. Where no fused kernel fits, all scores of a piece are written to memory: there
+# queries are cut into tiles of `TILE`, so that scores stay few, and few of them lie outside the causal band or the
+# window. FlashAttention's kernels need no tiles, and take any number of documents in one call: where a run meets
+# itself, they are one piece with `cuts`.
 
 
 # %%
@@ -183,9 +183,8 @@ def pieces(
 
 
 # %% [markdown]
-# The same 24 tokens three times: causal, with a window of 7, and with three documents. What is dark is
-# computed; the outlines are the pieces (in tiles of 6 queries). Outside of them nothing is computed at all, and
-# inside little is wasted.
+# The same 24 tokens three times: causal, with a window of 7, and with three documents. Dark scores are seen. The
+# outlines are the pieces, in tiles of 6 queries: the plain mathematics computes all inside, and nothing outside.
 
 # %%
 import matplotlib.pyplot as plt
@@ -248,7 +247,7 @@ def piece_scores(q: Tensor, k: Tensor, scale: float, piece: Piece) -> Tensor:
 
 
 # %% [markdown]
-# Four queries at the end of a window of 3, in a group of one; dots are scores that do not exist:
+# The last four of six positions, with a window of 3; key $j$ scores $j$, and dots are scores set to $-\infty$:
 
 # %%
 q, k = torch.ones(1, 1, 4, 1), torch.arange(6.0).view(1, 1, 6, 1)
@@ -259,11 +258,14 @@ for row in piece_scores(q, k, 1.0, Piece(slice(None), slice(None), slice(None), 
 # On a GPU, in bf16 or fp16, the kernels that torch ships do the same without ever storing scores. Their entry
 # points below `scaled_dot_product_attention` return the log-sum-exp and, in the backward pass, take any
 # output and log-sum-exp that we say are final. FlashAttention-2 (arXiv 2307.08691) takes all that a piece may
-# be: the band, and documents as cumulative lengths. cuDNN's kernel is faster on Hopper GPUs and newer, and takes
+# be: the band, and documents as cumulative lengths. cuDNN's kernel, for Hopper GPUs and newer, is faster, and takes
 # squares, full or causal; it prepares a plan for each new shape, so that pieces that follow the lengths of
-# documents are not for it. FlashAttention-4, a package of its own (`pip install pithtrain[fa4]`), takes what
-# FlashAttention-2 takes, on the same GPUs as cuDNN's; where it is installed it takes its place, and cuDNN's below 256
-# features. (It compiles its kernels when they are first called, some ten seconds for each kind of piece.)
+# documents are not for it.
+#
+# FlashAttention-4 is a package of its own (`pip install -e '.[fa4]'`) for the same GPUs as cuDNN's. Where it is
+# installed it replaces FlashAttention-2, and cuDNN below 256 features. It takes the pieces that FlashAttention-2 takes,
+# if the values' features are a multiple of 8. Its kernels are compiled when they are first called, which took some ten
+# seconds for each pair of head sizes and kind of mask.
 
 
 # %%
@@ -348,8 +350,9 @@ def flash_4_arguments(q: Tensor, k: Tensor, piece: Piece, scale: float) -> dict[
 # %%
 q = torch.zeros(2, 4, 8, 16)
 (packed,) = pieces([range(8)], [range(8)], 2, 8, window=4, documents=torch.tensor([0, 3, 8, 16]))
-print("queries", list(flash_layout(packed, 16, q)[0].shape), "arguments", *flash_arguments(q, q, packed))
-print("FlashAttention:", flash_fits(q, 16), "(it has no CPU kernel)")
+print("queries", list(flash_layout(packed, 16, q)[0].shape))
+for name, value in flash_4_arguments(q, q, packed, scale=0.25).items():
+    print(f"{name:18} {value}")
 
 # %% [markdown]
 # With these, one piece, forward:
@@ -360,7 +363,8 @@ print("FlashAttention:", flash_fits(q, 16), "(it has no CPU kernel)")
 def attend_piece(q: Tensor, k: Tensor, v: Tensor, scale: float, piece: Piece) -> tuple[Tensor, Tensor]:
     """Attention within a piece of q (B, heads, S, D), k (B, kv_heads, L, D), v (B, kv_heads, L, Dv).
 
-    Returns the output (rows, heads, queries, Dv) and its log-sum-exp (rows, heads, queries), at least fp32."""
+    Returns the output (rows, heads, queries, Dv) and its log-sum-exp (rows, heads, queries). Both are at least fp32,
+    except that FlashAttention and cuDNN return the output in the dtype of q."""
     q, k, v = q[piece.rows, :, piece.queries], k[piece.rows, :, piece.keys], v[piece.rows, :, piece.keys]
     (batch, heads, queries, features), (kv_heads, wide) = q.shape, v.shape[1::2]
     aten = torch.ops.aten
@@ -517,7 +521,7 @@ def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
 
 
 # %% [markdown]
-# Its gradient needs the same two numbers of each query as any key's.
+# Like any key's, its gradient needs of each query only $\ell$ and $g \cdot o$.
 
 
 # %%
@@ -605,7 +609,8 @@ fig
 # ## Which kernel, on an H100
 #
 # Forward and backward of one piece, 4 rows of 4,096 tokens in bf16 (`tools/attention_kernels.py`); the numbers behind
-# the names are the features of a head.
+# the names are the features of a head (query heads differ between the cases: 64 of 64 features, 32 of 128, 16 of more).
+# FlashAttention-4 is the fastest but for a causal square of 256 features, where cuDNN is.
 
 # %%
 import json

@@ -134,9 +134,9 @@ class ShardedStage(PartStage):
 # %% [markdown]
 # ## The norm of all gradients
 #
-# The square of the global norm is a sum over every element of every gradient. Sharded, each element lives
-# on exactly one rank (times the copies), so every rank adds up the squares of its own, and one sum over all
-# ranks completes it, whatever the mixture of shardings.
+# The square of the global norm is a sum over every element of every gradient. Each element lives on one rank, or, with
+# hybrid sharding, on `mesh.copies` ranks. So every rank adds up the squares of its own, divides by the copies, and one
+# sum over all ranks completes it, however each tensor is sharded.
 #
 # Scaling the gradients in a pass of their own would read and write all of them once more, 8 bytes a parameter,
 # clipped or not. torch's fused AdamW divides them by its `grad_scale` while it reads them anyway, and
@@ -147,9 +147,9 @@ class ShardedStage(PartStage):
 #| export
 @torch.no_grad()
 def clip_gradients(optimizer: torch.optim.AdamW, limit: float, mesh: Mesh) -> Tensor:
-    """The global gradient norm, an fp64 scalar; the next step of the fused `optimizer` scales it to at most `limit`.
+    """The global gradient norm, an fp64 scalar; the next step of the fused `optimizer` clips the gradients to `limit`.
 
-    A limit of 0 leaves the gradients alone."""
+    A limit of 0 leaves them alone."""
     found = (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
     grads = [g.to_local() if isinstance(g, DTensor) else g for g in found]
     square = torch.stack(torch._foreach_norm(grads, dtype=torch.float64)).square().sum()
@@ -162,8 +162,8 @@ def clip_gradients(optimizer: torch.optim.AdamW, limit: float, mesh: Mesh) -> Te
 
 
 # %% [markdown]
-# A gradient of norm 5, limited to 1: plain gradient descent would show the step, AdamW shows it in its first
-# moment, a tenth of what is left of the gradient.
+# A gradient (3, 4) of norm 5, limited to 1, becomes (0.6, 0.8). AdamW's first moment, from zero, takes 1 - 0.9 of it:
+# (0.06, 0.08). (The step itself would show nothing: Adam's first does not depend on the gradient's scale.)
 
 # %%
 from pithtrain.parallel.mesh import Axes
@@ -180,7 +180,9 @@ torch.testing.assert_close(optimizer.state[weights]["exp_avg"], torch.tensor([0.
 # %% [markdown]
 # ## A rank's piece of the whole
 #
-# With expert parallelism a rank's experts are some of a layer's. On disk they are named as part of all of them.
+# With expert parallelism a rank holds `1 / ep` of a layer's experts, and of those its shard. A checkpoint stores each
+# expert tensor whole, so the rank's shard is wrapped as a DTensor of the whole: split along dimension 0 over `ep`, and
+# again over the ranks that shard the same experts (`mesh.expert_order`).
 
 
 # %%
