@@ -155,20 +155,11 @@ small = make_problem(SHAPES[-1], torch.device("cpu"))
 print(pithtrain_block(small)(small.tokens).shape)
 
 # %% [markdown]
-# PyTorch alone, as one would write it today: sort, gather, two grouped products, scatter-add. A grouped product is
-# only there for bf16 on CUDA; elsewhere an expert at a time.
+# PyTorch alone, as one would write it today: sort, gather, two grouped products, scatter-add.
 
 
 # %%
 #| export
-def grouped(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """rows (P, K) of expert e times weights[e] (K, N), experts' rows ending at `ends` (E,)."""
-    if rows.is_cuda:
-        return F.grouped_mm(rows, weights, offs=ends)
-    parts = rows.tensor_split(ends[:-1].tolist())
-    return torch.cat([part @ weight for part, weight in zip(parts, weights, strict=True)])
-
-
 def torch_block(problem: Problem) -> Block:
     """The block in plain PyTorch around its grouped product."""
     E, K = problem.shape.experts, problem.shape.top_k
@@ -179,8 +170,8 @@ def torch_block(problem: Problem) -> Block:
         weights = weights / weights.sum(-1, keepdim=True)
         order = ids.flatten().argsort(stable=True)
         ends = torch.bincount(ids.flatten(), minlength=E).cumsum(0).int()
-        gate, up = grouped(tokens[order // K], problem.gate_up.transpose(1, 2), ends).chunk(2, dim=-1)
-        outputs = grouped(F.silu(gate) * up, problem.down.transpose(1, 2), ends)
+        gate, up = F.grouped_mm(tokens[order // K], problem.gate_up.mT, offs=ends).chunk(2, dim=-1)
+        outputs = F.grouped_mm(F.silu(gate) * up, problem.down.mT, offs=ends)
         weighted = (outputs * weights.flatten()[order, None]).to(tokens.dtype)
         return torch.zeros_like(tokens).index_add(0, order // K, weighted)
 
@@ -275,25 +266,18 @@ def floor_products(problem: Problem) -> Callable[[], None]:
         ends = torch.bincount(ids, minlength=shape.experts).cumsum(0).int()
         tokens, grad = problem.tokens[order], problem.grad[order]
         gate_up, down = problem.gate_up.detach(), problem.down.detach()
-        hidden = grouped(tokens, gate_up.transpose(1, 2), ends)
+        product = partial(F.grouped_mm, offs=ends)
+        hidden = product(tokens, gate_up.mT)
         activated = hidden[:, : shape.expert_hidden].contiguous()
-    cuts = None if tokens.is_cuda else ends[:-1].tolist()
-
-    def over_rows(left: Tensor, right: Tensor) -> None:
-        if left.is_cuda:
-            F.grouped_mm(left.T, right, offs=ends)
-        else:
-            for a, b in zip(left.tensor_split(cuts), right.tensor_split(cuts), strict=True):
-                a.T @ b
 
     @torch.no_grad()
     def products() -> None:
-        grouped(tokens, gate_up.transpose(1, 2), ends)
-        grouped(activated, down.transpose(1, 2), ends)
-        grouped(grad, down, ends)
-        grouped(hidden, gate_up, ends)
-        over_rows(hidden, tokens)
-        over_rows(grad, activated)
+        product(tokens, gate_up.mT)
+        product(activated, down.mT)
+        product(grad, down)
+        product(hidden, gate_up)
+        product(hidden.T, tokens)
+        product(grad.T, activated)
 
     return products
 
