@@ -17,7 +17,7 @@ CONFIG = Config(
     model=Qwen3MoeConfig(
         vocab_size=512, hidden=64, heads=4, head_dim=16, expert_hidden=64, layers=6, tie_embeddings=False
     ),
-    balance=BalanceConfig(global_batch=0.01, sequence=0.01),
+    balance=BalanceConfig(global_batch=0.01, sequence=0.01, bias_rate=0.001),
     train=TrainConfig(sequence_length=64, batch_size=256, micro_batch_size=1),
 )
 
