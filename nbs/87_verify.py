@@ -18,7 +18,6 @@ import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -141,14 +140,12 @@ def trace(config: Config, mesh: Mesh, steps: int, prepare: Prepare = None) -> Tr
 def reference_config(config: Config, batch_ranks: int) -> Config:
     """What one process must run to do what `batch_ranks` ranks do that share the batch."""
     balance, train = config.balance, config.train
-    if not balance.global_batch:
-        return dataclasses.replace(config, mesh=MeshConfig())
-    if balance.micro_batch:
+    if balance.global_batch and balance.micro_batch:
         raise UserError(
             "balance.micro_batch: one process cannot show both this form and the global one "
             "as a mesh has them; set it or balance.global_batch to 0 to verify"
         )
-    size = train.micro_batch_size * batch_ranks
+    size = train.micro_batch_size * (batch_ranks if balance.global_batch else 1)
     return dataclasses.replace(config, mesh=MeshConfig(), train=dataclasses.replace(train, micro_batch_size=size))
 
 
@@ -165,10 +162,9 @@ def fit_config(config: Config, world_size: int) -> Config:
     share = train.batch_size // axes.batch_ranks
     needed = 1 if axes.pp == 1 else min(2 * axes.pp, share)  # microbatches that fill a pipeline
     size = next((s for s in range(min(train.micro_batch_size, share // needed), 0, -1) if share % s == 0), 1)
-    if axes.pp > 1 and model.tie_embeddings:
-        model = dataclasses.replace(model, tie_embeddings=False)
-    train, optimizer = dataclasses.replace(train, micro_batch_size=size), config.optimizer
-    optimizer = dataclasses.replace(optimizer, eps=max(optimizer.eps, 1e-6))
+    model = dataclasses.replace(model, tie_embeddings=model.tie_embeddings and axes.pp == 1)
+    train = dataclasses.replace(train, micro_batch_size=size)
+    optimizer = dataclasses.replace(config.optimizer, eps=max(config.optimizer.eps, 1e-6))
     return dataclasses.replace(config, model=model, train=train, optimizer=optimizer)
 
 
@@ -264,7 +260,7 @@ def verify(configs: Sequence[Config], world_size: int, steps: int = 3, prepare: 
         for number, reference in enumerate(wanted):
             if reference not in traces:
                 traces[reference] = trace(reference, alone, steps, prepare)
-            torch.save(traces[reference], Path(folder) / f"reference-{number}")
+            torch.save(traces[reference], f"{folder}/reference-{number}")
         torch.set_num_threads(threads)
         mp.get_context("forkserver").set_forkserver_preload(["pithtrain.verify"])  # torch is imported once
         method = "spawn" if torch.cuda.is_available() else "forkserver"  # CUDA fails in forks of who asked for it
