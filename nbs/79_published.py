@@ -253,6 +253,13 @@ def deepseek_table(config: DeepseekConfig) -> dict[str, Any]:
 
 # %%
 #| export
+def layer_types(layers: int, every: int, others: str) -> list[str]:
+    """What each layer is, in the published words: of so many the last has full attention, and the others do not."""
+    return [others if number % every else "full_attention" for number in range(1, layers + 1)]
+
+
+# %%
+#| export
 def check_layer_types(table: dict[str, Any], expected: list[str]) -> None:
     """Refuse layers in another order than the family's."""
     if table.get("layer_types", expected) != expected:
@@ -261,16 +268,9 @@ def check_layer_types(table: dict[str, Any], expected: list[str]) -> None:
 
 # %%
 #| export
-def gpt_oss_layers(layers: int) -> list[str]:
-    """What each layer sees, in the published words."""
-    return ["full_attention" if number % 2 else "sliding_attention" for number in range(layers)]
-
-
-# %%
-#| export
 def gpt_oss_settings(table: dict[str, Any]) -> dict[str, Any]:
     """GPT-OSS's positions; its layers alternate."""
-    check_layer_types(table, gpt_oss_layers(table["num_hidden_layers"]))
+    check_layer_types(table, layer_types(table["num_hidden_layers"], 2, "sliding_attention"))
     if not (table.get("rope_parameters") or table.get("rope_scaling")):
         raise UserError("rope_scaling: is missing; published GPT-OSS models say which positions they have")
     ours = yarn_positions(table)
@@ -285,14 +285,7 @@ def gpt_oss_table(config: GptOssConfig) -> dict[str, Any]:
     """The way back from `gpt_oss_settings`."""
     rope = yarn_rope(config, truncate=False)
     rope["rope_scaling"] = rope["rope_scaling"] or {"rope_type": "default"}  # readers take YaRN where it is missing
-    return rope | {"layer_types": gpt_oss_layers(config.layers)}
-
-
-# %%
-#| export
-def qwen3_5_layers(layers: int, every: int) -> list[str]:
-    """What each layer is, in the published words."""
-    return ["linear_attention" if (number + 1) % every else "full_attention" for number in range(layers)]
+    return rope | {"layer_types": layer_types(config.layers, 2, "sliding_attention")}
 
 
 # %%
@@ -303,7 +296,7 @@ def qwen3_5_settings(table: dict[str, Any]) -> dict[str, Any]:
     every = table.get("full_attention_interval", 4)
     if kinds:
         every = kinds.index("full_attention") + 1 if "full_attention" in kinds else layers + 1
-    check_layer_types(table, qwen3_5_layers(layers, every))
+    check_layer_types(table, layer_types(layers, every, "linear_attention"))
     rope = rope_settings(table, ("default",))
     share = rope.get("partial_rotary_factor", table.get("partial_rotary_factor", 0.25))
     return {"rope_theta": rope["rope_theta"], "rope_dim": round(share * table["head_dim"]), "full_every": every}
@@ -315,7 +308,8 @@ def qwen3_5_table(config: Qwen3_5MoeConfig) -> dict[str, Any]:
     """The way back from `qwen3_5_settings`."""
     share = config.rope_dim / config.head_dim
     rope = {"rope_type": "default", "rope_theta": config.rope_theta, "partial_rotary_factor": share}
-    return {"rope_parameters": rope, "layer_types": qwen3_5_layers(config.layers, config.full_every)}
+    types = layer_types(config.layers, config.full_every, "linear_attention")
+    return {"rope_parameters": rope, "layer_types": types}
 
 
 # %% [markdown]
