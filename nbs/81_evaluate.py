@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pithtrain.config import DataConfig, UserError
 from pithtrain.models.decoder import Decoder
@@ -121,27 +121,17 @@ def likelihoods(
     found: list[Likelihood | None] = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda n: -len(rows[n]))  # similar lengths share a batch
     for some in (order[start : start + batch] for start in range(0, len(order), batch)):
-        longest = len(rows[some[0]]) - 1
-        inputs = torch.zeros(len(some), longest, dtype=torch.long)
-        for place, n in enumerate(some):
-            inputs[place, : len(rows[n]) - 1] = torch.tensor(rows[n][:-1])
-        hidden, _ = model(inputs.to(device), torch.arange(longest, device=device))
-        for place, n in enumerate(some):
+        inputs = pad_sequence([torch.tensor(rows[n][:-1]) for n in some], batch_first=True).to(device)
+        hidden, _ = model(inputs, torch.arange(inputs.shape[1], device=device))
+        for n, states in zip(some, hidden, strict=True):
             after = torch.tensor(requests[n][1], device=device)
-            end = len(rows[n]) - 1
-            parts = zip(hidden[place, end - len(after) : end].split(512), after.split(512), strict=True)
-            scores = [score(model, *part) for part in parts]
-            found[n] = Likelihood(sum(part.log for part in scores), all(part.greedy for part in scores))
+            end, log, greedy = len(rows[n]) - 1, 0.0, True
+            for part, targets in zip(states[end - len(after) : end].split(512), after.split(512), strict=True):
+                logs = model.logits(part).log_softmax(dim=-1)
+                log += logs.gather(1, targets.unsqueeze(1)).double().sum().item()
+                greedy &= bool((logs.argmax(dim=-1) == targets).all())
+            found[n] = Likelihood(log, greedy)
     return found
-
-
-# %%
-#| export
-def score(model: Decoder, hidden: Tensor, targets: Tensor) -> Likelihood:
-    """The likelihood of `targets` (S,) by the last hidden states (S, hidden) of the tokens before each."""
-    logs = model.logits(hidden).log_softmax(dim=-1)
-    greedy = bool((logs.argmax(dim=-1) == targets).all())
-    return Likelihood(logs.gather(1, targets.unsqueeze(1)).double().sum().item(), greedy)
 
 
 # %% [markdown]
