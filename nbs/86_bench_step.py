@@ -162,10 +162,8 @@ def flops_per_token(config: Config) -> float:
         model = build(c)
     _, active = count_parameters(model, c.experts, c.top_k)
     looked_up = 0 if c.tie_embeddings else model.embedding.weight.numel()
-    attention = (
-        6 * c.layers * c.heads * c.head_dim * config.train.sequence_length if isinstance(c, Qwen3MoeConfig) else 0
-    )
-    return 6 * (active - looked_up) + attention
+    attended = c.layers * c.heads * c.head_dim if isinstance(c, Qwen3MoeConfig) else 0
+    return 6 * (active - looked_up + attended * config.train.sequence_length)
 
 
 # %%
