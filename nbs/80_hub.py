@@ -223,11 +223,10 @@ class OneByOne(dcp.DefaultSavePlanner):
 
     def __init__(self, read: Callable[[str], Tensor]):
         super().__init__(flatten_state_dict=False)
-        self.read, self.last = read, None
+        self.read, self.last = read, torch.empty(0)
 
     def lookup_object(self, index: Any) -> Tensor:
-        if self.last is not None:
-            self.last.untyped_storage().resize_(0)
+        self.last.untyped_storage().resize_(0)
         self.last = self.read(index.fqn)
         return self.last
 
@@ -287,8 +286,6 @@ def import_model(source: Path, run: Path, report: Callable[[str], None] = print)
     """Make the run folder `run`, with its step 0, of the published model in `source`.
 
     Raises UserError, before anything is written, for a folder that is not exactly the model it says it is."""
-    if run.exists():
-        raise UserError(f"{run}: exists; choose another name, or delete it")
     found, config, quantised = read_config(source, run)
     stored = stored_tensors(source, tuple(quantised.get("weight_block_size") or (128, 128)))
     with torch.device("meta"):
