@@ -203,15 +203,13 @@ class Comparison(NamedTuple):
 #| export
 def compare(found: Trace, wanted: Trace) -> Comparison:
     """How far `found` is from `wanted`; where weights are compared, those that `found` has."""
+    steps = list(zip(found.results, wanted.results, strict=True))
 
     def scalar(key: str) -> float:
-        pairs = [(getattr(a, key), getattr(b, key)) for a, b in zip(found.results, wanted.results, strict=True)]
+        pairs = [(getattr(a, key), getattr(b, key)) for a, b in steps]
         return max((0.0 if a == b else abs(a - b) / max(abs(b), 1e-12) for a, b in pairs), key=nan_highest)
 
-    moved = max(
-        ((a.load - b.load).abs().sum() / (2 * b.load.sum())).item()
-        for a, b in zip(found.results, wanted.results, strict=True)
-    )
+    moved = max(((a.load - b.load).abs().sum() / (2 * b.load.sum())).item() for a, b in steps)
     apart = {n: ((w - wanted.weights[n]).norm() / wanted.weights[n].norm()).item() for n, w in found.weights.items()}
     name = max(apart, key=lambda n: nan_highest(apart[n]))
     return Comparison(scalar("loss"), scalar("balance"), scalar("grad_norm"), moved, apart[name], name)
