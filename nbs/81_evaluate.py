@@ -73,6 +73,7 @@ def validate(
         shards = open_shards(shards, tokenizer=folder / "tokenizer.json")
     else:
         shards = prepare(data or run.config.data, run.config.model.vocab_size, folder / "tokenizer.json", report)
+    report(f"predicting {len(shards.held_out):,} held-out tokens of {shards.manifest.corpus}")
     device, total, count = next(run.model.parameters()).device, 0.0, 0
     positions = torch.arange(train.sequence_length, device=device)
     for inputs, targets in HeldOutBatches(shards.held_out, train.sequence_length, train.micro_batch_size):

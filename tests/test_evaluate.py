@@ -143,6 +143,7 @@ def test_the_command_prints_and_writes_both(trained, tmp_path, capsys):
     found, said = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
     assert found["held-out text"] == validate(open_run(trained), trained)
     assert found["choices"]["questions"] == 1 and "held-out text: loss " in said and "choices: questions 1" in said
+    assert said.startswith("predicting ")
     assert main(["evaluate", str(tmp_path)]) == 2
     assert "not a run" in capsys.readouterr().err
 
