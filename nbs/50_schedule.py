@@ -205,11 +205,8 @@ def needs(action: Action, schedule: Schedule, explicit: bool) -> tuple[Action, .
             return (Action(Op.FORWARD, stage, m),)
         case Op.REDUCE:
             return tuple(Action(Op.BACKWARD_WEIGHT, stage, k) for k in range(schedule.microbatches))
-        case Op.OVERLAP:
+        case Op.OVERLAP | Op.EXCHANGE:
             return tuple(n for part in parts for n in needs(part, schedule, explicit))
-        case Op.EXCHANGE:
-            sends = (p for p in parts if p.op in (Op.SEND_FORWARD, Op.SEND_BACKWARD))
-            return tuple(n for part in sends for n in needs(part, schedule, explicit))
     return ()
 
 
