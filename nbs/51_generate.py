@@ -195,14 +195,13 @@ class _VRank:
 
     def take(self, name: str) -> Action | None:
         op, chunk = name
-        counts = "I" if op == "B" else op
-        m = self.next[counts + chunk]
-        before = {"F": None, "I": "F", "B": "F", "W": "I"}[op]
+        halves = "IW" if op == "B" else op
+        m = self.next[halves[0] + chunk]
+        before = {"F": None, "I": "F", "W": "I"}[halves[0]]
         if m == self.microbatches or (before and m >= self.next[before + chunk]):
             return None
-        self.next[counts + chunk] += 1
-        if op == "B":
-            self.next["W" + chunk] += 1
+        for half in halves:
+            self.next[half + chunk] += 1
         return Action(Op(op), self.stage[chunk], m)
 
     def run(self, names: str) -> None:
@@ -231,12 +230,9 @@ print(*rank.actions)
 #| export
 def _begin_v(rank: int, pp: int, microbatches: int) -> _VRank:
     v = _VRank(rank, pp, microbatches)
-    for _ in range(2 * (pp - 1 - rank)):
-        v.run("F0")
-    for _ in range(rank + 1):
-        v.run("F0 F1")
-    for _ in range(pp - 1 - rank):
-        v.run("I1 W1 F1")
+    v.run("F0 " * 2 * (pp - 1 - rank))
+    v.run("F0 F1 " * (rank + 1))
+    v.run("I1 W1 F1 " * (pp - 1 - rank))
     return v
 
 
@@ -260,17 +256,12 @@ def zbv(pp: int, microbatches: int) -> Schedule:
 
     def rank(r: int) -> tuple[Action, ...]:
         v = _begin_v(r, pp, microbatches)
-        while v.left("F1"):
-            v.run("I1 W1 F0 I0 W0 F1")
+        v.run("I1 W1 F0 I0 W0 F1 " * v.left("F1"))
         v.run("I1 W1")
-        while v.left("I1"):
-            v.run("I0 I1")
-        while v.left("I0"):
-            v.run("I0 W0")
-        while v.left("W1"):
-            v.run("W1")
-        while v.left("W0"):
-            v.run("W0")
+        v.run("I0 I1 " * v.left("I1"))
+        v.run("I0 W0 " * v.left("I0"))
+        v.run("W1 " * v.left("W1"))
+        v.run("W0 " * v.left("W0"))
         return tuple(v.actions)
 
     return Schedule("zbv", v_placement(pp), microbatches, tuple(map(rank, range(pp))))
@@ -309,16 +300,14 @@ def dualpipev(pp: int, microbatches: int) -> Schedule:
         for i in range(microbatches - 2 * pp + r + 1):
             v.run("F0 B1" if i == 0 and r == pp - 1 else "F0&B1")
             v.run("F1&B0")
-        for _ in range(pp - 1 - r):
-            v.run("B1 F1&B0")
+        v.run("B1 F1&B0 " * (pp - 1 - r))
         backwards = ["1", "0"] * (r + 1)
         for i, chunk in enumerate(backwards):
             v.run(("B" if i <= r else "I") + chunk)
-        late = backwards[r + 1 :]  # the chunks whose weight gradients are still to come
-        for _ in range(pp - 1 - r):
-            v.run(f"W{late.pop(0)} I0")
-            late.append("0")
-        for chunk in late:
+        late = backwards[r + 1 :] + ["0"] * (pp - 1 - r)  # the chunks whose weight gradients are still to come
+        for chunk in late[: pp - 1 - r]:
+            v.run(f"W{chunk} I0")
+        for chunk in late[pp - 1 - r :]:
             v.run("W" + chunk)
         return tuple(v.actions)
 
