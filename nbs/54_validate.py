@@ -103,13 +103,10 @@ def _check_passes(schedule: Schedule) -> None:
 #| export
 def _check_transfers(schedule: Schedule) -> None:
     place = schedule.placement
-    posted = [
-        [part for action in actions if action.op is Op.EXCHANGE for part in action.parts] for actions in schedule.ranks
-    ]
-    if not any(posted):
-        return
-    count = Counter(part for parts in posted for part in parts)
-    for part in count:
+    exchanges = (action for actions in schedule.ranks for action in actions if action.op is Op.EXCHANGE)
+    count = Counter(part for exchange in exchanges for part in exchange.parts)
+    between: dict[tuple[int, int], list[Action]] = defaultdict(list)
+    for part in count:  # in the order of posting
         other = partner(part)
         if not 0 <= other.stage < schedule.stages:
             raise ScheduleError(f"rank {place[part.stage]} posts {part}, but there is no stage {other.stage}")
@@ -120,9 +117,7 @@ def _check_transfers(schedule: Schedule) -> None:
                 f"rank {place[part.stage]} posts {part} {count[part]} times, and rank {place[other.stage]}"
                 f" its partner {other} {count[other]} times: each transfer has one of both"
             )
-    between: dict[tuple[int, int], list[Action]] = defaultdict(list)
-    for part in count:  # in the order of posting
-        between[place[part.stage], place[partner(part).stage]].append(part)
+        between[place[part.stage], place[other.stage]].append(part)
     for (a, b), ours in between.items():
         for mine, yours in zip(ours, between[b, a], strict=True):
             if mine != partner(yours):
