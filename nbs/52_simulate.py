@@ -258,7 +258,7 @@ def simulate(schedule: Schedule, costs: Costs = UNIT) -> Timeline:
 
 
 # %% [markdown]
-# One action of one rank, if what it needs is there:
+# One action of one rank, if what it needs is there. A pass marks what it completes, and activations live or free:
 
 
 # %%
@@ -288,27 +288,18 @@ def _advance(
             start = max([start, *(state.gathered.get(part.stage, 0.0) for part in action.computes)])
             state.time = start + costs.of(action)
             state.compute.append(Span(action, start, state.time))
-            _account(state, costs, action, done)
+            # An overlapped forward is live before the backward beside it has freed anything.
+            state.live += [part.stage for part in action.computes if part.op is Op.FORWARD]
+            state.peak = max(state.peak, len(state.live))
+            state.memory = max(state.memory, sum(at(costs.memory, stage) for stage in state.live))
+            for part in action.computes:
+                done[part] = state.time
+                if part.op is Op.BACKWARD:
+                    done[part._replace(op=Op.BACKWARD_INPUT)] = state.time
+                    done[part._replace(op=Op.BACKWARD_WEIGHT)] = state.time
+                if part.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT) and part.stage in state.live:
+                    state.live.remove(part.stage)
     return True
-
-
-# %%
-#| export
-def _account(state: _Rank, costs: Costs, action: Action, done: dict[Action, float]) -> None:
-    """Marks a pass complete, and its activations live or free."""
-    for part in action.computes:
-        done[part] = state.time
-        if part.op is Op.BACKWARD:
-            done[part._replace(op=Op.BACKWARD_INPUT)] = state.time
-            done[part._replace(op=Op.BACKWARD_WEIGHT)] = state.time
-        if part.op is Op.FORWARD:
-            state.live.append(part.stage)
-    # An overlapped forward is live before the backward beside it has freed anything.
-    state.peak = max(state.peak, len(state.live))
-    state.memory = max(state.memory, sum(at(costs.memory, stage) for stage in state.live))
-    for part in action.computes:
-        if part.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT) and part.stage in state.live:
-            state.live.remove(part.stage)
 
 
 # %% [markdown]
