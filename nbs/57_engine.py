@@ -21,7 +21,7 @@
 #| export
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,8 +60,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # this notebook forks, which autograd a
 class ModuleStage:
     """A stage made of any module called as module(x, batch). `beside` is the stream of pieces that are run aside.
 
-    `x`, outputs and gradients have the shape of the boundary tensor. `unshard` and `reduce` may return works to
-    wait for, or None if they are done on return."""
+    `x`, outputs and gradients have the shape of the boundary tensor. `unshard` may return works that the
+    stage's next pass waits for, or None if it is done on return."""
 
     def __init__(self, module: Callable[[Tensor | None, Any], Tensor], beside: torch.cuda.Stream | None = None):
         self.module, self.beside = module, beside
@@ -115,7 +115,7 @@ class ModuleStage:
     def reshard(self) -> None:
         return None
 
-    def reduce(self) -> Any:
+    def reduce(self) -> None:
         return None
 
 
@@ -242,7 +242,6 @@ class Engine:
         self.saved: dict[tuple[int, int], Any] = {}  # from forward to backward, from I to W
         self.posted: deque[Exchange] = deque()
         self.gathering: dict[int, Any] = {}  # stage -> its gather, until first used
-        self.reducing: list[Any] = []
 
     def step(self, batches: Sequence[Any], record: list[Span] | None = None) -> list[Tensor]:
         """Runs the list once: gradients are summed into the stages, and losses returned by microbatch.
@@ -261,8 +260,6 @@ class Engine:
                 raise
         while self.posted:
             self._settle()
-        while self.reducing:
-            wait(self.reducing.pop())
         return [losses[m] for m in sorted(losses)]
 
     def _run(self, action: Action, batches: Sequence, losses: dict[int, Tensor], record: list[Span] | None) -> None:
@@ -276,12 +273,12 @@ class Engine:
             case Op.RESHARD:
                 return self.stages[stage].reshard()
             case Op.REDUCE:
-                self.reducing.append(self.stages[stage].reduce())
-                return None
+                return self.stages[stage].reduce()
         # The passes: first what they need, so that a recorded span holds no waiting.
         forward = backward = None
         for part in action.computes:
-            wait(self.gathering.pop(part.stage, None))
+            for work in self.gathering.pop(part.stage, None) or ():
+                work.wait()
             if part.op is Op.FORWARD:
                 x = self._take("F", part.stage, part.microbatch) if part.stage else None
                 forward = ForwardPass(self.stages[part.stage], x, batches[part.microbatch])
@@ -352,14 +349,6 @@ class Engine:
         for work in exchange.works:
             work.wait()
         self.tensors.update(exchange.received)
-
-
-# %%
-#| export
-def wait(works: Iterable[Any] | None) -> None:
-    """Waits for what `unshard` or `reduce` returned, if it returned anything."""
-    for work in works or ():
-        work.wait()
 
 
 # %% [markdown]
