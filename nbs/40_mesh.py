@@ -24,6 +24,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -169,10 +170,7 @@ class Mesh:
     @property
     def coordinates(self) -> Axes:
         """This rank's place along each axis, counted from 0."""
-        rest, ep = divmod(self.rank, self.axes.ep)
-        rest, cp = divmod(rest, self.axes.cp)
-        pp, dp = divmod(rest, self.axes.dp)
-        return Axes(pp, dp, cp, ep)
+        return Axes(*map(int, np.unravel_index(self.rank, self.axes)))
 
     @property
     def batch_rank(self) -> int:
