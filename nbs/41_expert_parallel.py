@@ -163,15 +163,6 @@ class Announced(NamedTuple):
     copied: torch.cuda.Event | None  #: after which the counts are there
 
 
-def to_host(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Starts the copy of `numbers` to the host; the copy, and the event behind it."""
-    if not numbers.is_cuda:
-        return numbers, None
-    pinned = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-    pinned.copy_(numbers, non_blocking=True)
-    return pinned, torch.cuda.current_stream().record_event()
-
-
 def wait_for_counts(announced: Announced) -> tuple[list[int], list[int]]:
     """Rows to each rank and rows from each: the host waits until it knows."""
     if announced.copied is not None:
@@ -182,7 +173,7 @@ def wait_for_counts(announced: Announced) -> tuple[list[int], list[int]]:
 
 # %%
 counts = torch.stack([plans[0].counts, torch.stack([plan.counts[0] for plan in plans])])
-sent, received = wait_for_counts(Announced(plans[0], *to_host(counts)))
+sent, received = wait_for_counts(Announced(plans[0], counts, None))
 print("rank 0 sends", sent, "rows to the ranks and receives", received)
 
 
@@ -283,7 +274,11 @@ class ExpertExchange(Exchange):
         plan = plan_rows(routed.expert_ids, own, self.ranks)
         both = torch.stack([plan.counts, plan.counts])  # the second row is written over
         dist.all_to_all_single(both[1], plan.counts, group=self.group)
-        return Announced(plan, *to_host(both))
+        if not both.is_cuda:
+            return Announced(plan, both, None)
+        counts = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
+        counts.copy_(both, non_blocking=True)
+        return Announced(plan, counts, torch.cuda.current_stream().record_event())
 
     def dispatch(self, tokens: Tensor, routed: Routed, announced: Announced) -> tuple[Arrived, Journey]:
         plan, (sent, received) = announced.plan, wait_for_counts(announced)
