@@ -90,12 +90,9 @@ class Costs:
         return 0.0
 
     def split(self, chunks: int) -> "Costs":
-        """The costs of stages `chunks` times shorter: passes, parameters and memory shrink, transfers do not."""
-        shrunk = {
-            name: tuple(x / chunks for x in value) if isinstance(value, tuple) else value / chunks
-            for name, value in vars(self).items()
-            if name not in ("hidden", "send") and value is not None
-        }
+        """These costs, of equal stages, where stages are `chunks` times shorter: all shrink but those of transfers."""
+        stays = ("hidden", "send")
+        shrunk = {name: value / chunks for name, value in vars(self).items() if value and name not in stays}
         return replace(self, **shrunk)
 
 
