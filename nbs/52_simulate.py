@@ -239,7 +239,6 @@ def simulate(schedule: Schedule, costs: Costs = UNIT) -> Timeline:
         for r, actions in enumerate(schedule.ranks):
             while ranks[r].position < len(actions) and _advance(schedule, costs, explicit, ranks, r, done):
                 moved = True
-        for r in range(len(ranks)):
             while _deliver(schedule, costs, ranks, r, done):
                 moved = True
     stuck = [r for r, state in enumerate(ranks) if state.position < len(schedule.ranks[r]) or state.posted]
@@ -329,7 +328,7 @@ def _deliver(schedule: Schedule, costs: Costs, ranks: list[_Rank], r: int, done:
 def _explain(schedule: Schedule, explicit: bool, ranks: list[_Rank], r: int, done: dict[Action, float]) -> str:
     state = ranks[r]
     if state.position == len(schedule.ranks[r]):
-        part = next(part for part in state.posted[0][1] if part not in done)
+        part = state.posted[0][1][0]
         return f"rank {r} ends with {part} unmatched: no {partner(part)} is posted in its turn"
     action = schedule.ranks[r][state.position]
     need = next(need for need in needs(action, schedule, explicit) if need not in done)
@@ -337,7 +336,7 @@ def _explain(schedule: Schedule, explicit: bool, ranks: list[_Rank], r: int, don
     if need.op in (Op.RECV_FORWARD, Op.RECV_BACKWARD):
         if not any(need in parts for _, parts in state.posted):
             return text + ", which it has not posted"
-        part = next(part for part in state.posted[0][1] if part not in done)
+        part = state.posted[0][1][0]
         return text + ("" if part == need else f", behind {part}") + f", which waits for {partner(part)}"
     return text + f" on rank {schedule.placement[need.stage]}"
 

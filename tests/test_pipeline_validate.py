@@ -170,6 +170,13 @@ def test_a_circle_through_three_ranks_is_explained():
     ]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_exchange_done_twice_is_explained_without_validate(rank):
+    again = next(action for action in GOOD.ranks[rank] if action.op is Op.EXCHANGE)
+    with pytest.raises(ScheduleError, match=f"rank {rank} ends with .* unmatched"):
+        simulate(change(GOOD, rank, lambda a: a.append(again)))
+
+
 @pytest.mark.parametrize("resident", [2, 3])
 def test_no_more_stages_are_gathered_than_may_be_resident(resident):
     schedule = add_sharding(generate("interleaved", 2, 4, 4), resident)
