@@ -119,10 +119,9 @@ def live_activations(ax: Axes, timeline: Timeline) -> None:
                 elif part.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT):
                     changes[span.end] = changes.get(span.end, 0) - 1
         times = sorted(changes)
-        counts = list(accumulate(changes[time] for time in times))
         shade = rank / max(1, len(timeline.compute) - 1)
         # A little above each other, or equal counts would hide all ranks but the last.
-        counts = [count + 0.12 * shade for count in counts]
+        counts = [count + 0.12 * shade for count in accumulate(changes[time] for time in times)]
         ax.step(times, counts, where="post", lw=1.2, color=plt.cm.viridis(0.85 * shade), label=f"rank {rank}")
     ax.set(ylabel="live\nactivations", xlim=(0, timeline.time), ylim=(0, max(timeline.peak) + 0.8))
     ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
