@@ -62,10 +62,6 @@ class Layer(nn.Module):
         """Stage 5. The layer's output (batch, sequence, H) from the residual and (T, H)."""
         return residual + expert_output.view_as(residual)
 
-    def new_cache(self) -> Cache:
-        """For what the layer's attention keeps of the tokens it has seen, while text is generated."""
-        return Cache()
-
 
 # %% [markdown]
 # ## What a driver owes a model

@@ -189,7 +189,7 @@ import matplotlib.pyplot as plt
 reader = qwen3_5_moe(replace(config, delta_value_heads=16, init_std=0.3))
 initialise(reader, seed=0)
 phrase = torch.randint(300, (1, 8), generator=torch.Generator().manual_seed(0)).repeat(1, 3)
-caches, memories = [layer.new_cache() for layer in reader.layers.values()], []
+caches, memories = [Cache() for _ in reader.layers], []
 with torch.no_grad():
     for t in range(24):
         reader(phrase[:, t : t + 1], torch.tensor([t]), caches=caches)
@@ -299,7 +299,7 @@ c = load_config(Path(pithtrain.__file__).parent.parent / "configs" / "qwen3.5-35
 x, table = torch.empty(1, 1, c.hidden, dtype=torch.bfloat16, device="meta"), torch.empty(1, 32, device="meta")
 with torch.device("meta"):
     kinds = {full: Qwen3_5MoeLayer(c, full, Place()) for full in (False, True)}
-caches = {full: layer.new_cache() for full, layer in kinds.items()}
+caches = {full: Cache() for full in kinds}
 for full, layer in kinds.items():
     layer.attention(x, Sequences(table, table), caches[full])
 per_token = sum(t.nbytes for t in caches[True].kept)

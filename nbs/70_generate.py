@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pithtrain.config import UserError
+from pithtrain.layers.attention import Cache
 from pithtrain.models.decoder import Decoder
 from pithtrain.train.run import Run
 
@@ -72,11 +73,11 @@ def decode(model: Decoder, tokens: list[int], context: int, choose: Callable[[Te
     newest half of it."""
     device = next(model.parameters()).device
     seen, unread = [], tokens[-context:]
-    caches = [layer.new_cache() for layer in model.layers.values()]
+    caches = [Cache() for _ in model.layers]
     while True:
         if len(seen) + len(unread) > context:
             seen, unread = [], (seen + unread)[-max(1, context // 2) :]
-            caches = [layer.new_cache() for layer in model.layers.values()]
+            caches = [Cache() for _ in model.layers]
         positions = torch.arange(len(seen), len(seen) + len(unread), device=device)
         hidden, _ = model(torch.tensor([unread], device=device), positions, caches=caches)
         token = choose(model.logits(hidden[0, -1]).cpu())

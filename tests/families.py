@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from pithtrain.config import Config, RunConfig, to_toml
+from pithtrain.layers.attention import Cache
 from pithtrain.models.build import build
 from pithtrain.models.decoder import initialise
 from pithtrain.models.stages import Place
@@ -91,7 +92,7 @@ def compare(config, theirs, ours, theirs_of, batch, sequence, limit=1e-5, zero_g
 def decodes_as_it_reads(config, limit=1e-5, prompt=5, steps=12):
     """A prompt in one piece, then the likeliest token again and again from the caches alone; gives the caches."""
     model, (ids, _) = random_model(config), text(config, 2, prompt)
-    caches = [layer.new_cache() for layer in model.layers.values()]
+    caches = [Cache() for _ in model.layers]
     with torch.no_grad():
         step, start = ids, 0
         for _ in range(steps):
