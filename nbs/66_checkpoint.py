@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 
 from pithtrain.config import UserError
 
@@ -156,13 +156,6 @@ for path in sorted(folder.rglob("*")):
 #
 # DCP fills tensors in place, so a model and an optimiser are made first, and their own state says what is
 # expected. A missing, cut-off or altered file is reported as such.
-
-
-# %%
-#| export
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Load only the weights of the checkpoint at `path` into `model`."""
-    read_checkpoint(path, {f"model.{name}": tensor for name, tensor in model.state_dict().items()})
 
 
 # %%

@@ -32,7 +32,7 @@ from tokenizers import Tokenizer
 from pithtrain.config import Config, UserError, differences, load_run_config, to_toml
 from pithtrain.models.build import build
 from pithtrain.models.decoder import Decoder
-from pithtrain.train.checkpoint import checkpoint_path, checkpoint_steps, load_weights
+from pithtrain.train.checkpoint import checkpoint_path, checkpoint_steps, read_checkpoint
 from pithtrain.train.tokenizer import end_of_text, load_tokenizer
 
 # %% [markdown]
@@ -136,10 +136,8 @@ class Run(NamedTuple):
 
     def opened(self, tokens: list[int]) -> list[int]:
         """`tokens` behind what stands before every text; at least one token, end-of-text where there is no other."""
-        end, bos = (
-            [end_of_text(self.tokenizer)],
-            self.published.get("add_bos_token") and self.published.get("bos_token"),
-        )
+        end = [end_of_text(self.tokenizer)]
+        bos = self.published.get("add_bos_token") and self.published.get("bos_token")
         number = self.tokenizer.token_to_id(bos["content"] if isinstance(bos, dict) else bos or "")
         first = end if not self.published else [] if number is None else [number]  # ours were trained behind an end
         return (self.tokenizer.encode("").ids or first) + tokens or end
@@ -169,7 +167,8 @@ def open_run(folder: Path) -> Run:
     if not steps:
         raise UserError(f"{folder}: has no checkpoint yet; train it first")
     model = build(config.model)
-    load_weights(checkpoint_path(folder / "checkpoints", steps[-1]), model)
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    read_checkpoint(checkpoint_path(folder / "checkpoints", steps[-1]), weights)
     return Run(config, load_tokenizer(folder / "tokenizer.json"), model, steps[-1], published_settings(folder))
 
 

@@ -33,7 +33,7 @@ from pithtrain.config import (
 from pithtrain.hub import cut_shards, export_model, import_model, unpack_mxfp4
 from pithtrain.models.build import build
 from pithtrain.published import published_of, settings_from, table_from, views
-from pithtrain.train.checkpoint import checkpoint_path, load_weights
+from pithtrain.train.checkpoint import checkpoint_path, read_checkpoint
 from pithtrain.train.tokenizer import end_of_text, load_tokenizer
 from pithtrain.train.trainer import train
 
@@ -68,7 +68,8 @@ def same_bytes(a, b):
 
 def imported_model(run):
     model = build(load_config(run / "config.toml").model)
-    load_weights(checkpoint_path(run / "checkpoints", 0), model)
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    read_checkpoint(checkpoint_path(run / "checkpoints", 0), weights)
     return model
 
 
