@@ -56,7 +56,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -196,32 +196,8 @@ assert (tokens.take(np.arange(9)) == np.arange(9)).all()
 # ## Writing
 #
 # Documents stream through the tokenizer some at a time, so memory holds one shard at most and never the
-# whole corpus.
-
-
-# %%
-#| export
-def encode_documents(
-    documents: Sequence[Document], tokenizer: Tokenizer, dtype: str
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Each document's tokens, closed by end-of-text, and its size in bytes of text."""
-    end = end_of_text(tokenizer)
-    for first in range(0, len(documents), 64):
-        texts = [document.text() for document in documents[first : first + 64]]
-        for text, encoding in zip(texts, tokenizer.encode_batch_fast(texts), strict=True):
-            yield np.array([*encoding.ids, end], dtype=dtype), len(text.encode())
-
-
-# %%
-from pithtrain.train.corpus import find_corpus
-
-corpus = find_corpus(None, "json/*.py", held_out=0.2)
-tokenizer = train_tokenizer([document.text() for document in corpus.train], vocab_size=512)
-for document, (ids, size) in zip(corpus.train, encode_documents(corpus.train, tokenizer, "<u2"), strict=True):
-    print(f"{document.name:18s} {size:6d} bytes {len(ids):6d} tokens, ends with {ids[-1]}")
-
-# %% [markdown]
-# A split is cut into shards wherever one is full: mid-document if need be, since `Tokens` reads across.
+# whole corpus. Each is closed by end-of-text. A split is cut into shards wherever one is full: mid-document if need
+# be, since `Tokens` reads across.
 
 
 # %%
@@ -230,14 +206,18 @@ def write_split(
     folder: Path, name: str, documents: Sequence[Document], tokenizer: Tokenizer, dtype: str, shard_tokens: int
 ) -> Split:
     """Write the documents as `folder/<name>-00000.bin` and so on, `shard_tokens` tokens each but the last."""
-    shards, size, waiting, pending = [], 0, 1, [np.array([end_of_text(tokenizer)], dtype=dtype)]
-    for ids, text_bytes in encode_documents(documents, tokenizer, dtype):
-        pending.append(ids)
-        waiting, size = waiting + len(ids), size + text_bytes
-        while waiting >= shard_tokens:
-            row = np.concatenate(pending)
-            shards.append(_write_shard(folder / f"{name}-{len(shards):05d}.bin", row[:shard_tokens]))
-            pending, waiting = [row[shard_tokens:]], waiting - shard_tokens
+    end = end_of_text(tokenizer)
+    shards, size, waiting, pending = [], 0, 1, [np.array([end], dtype=dtype)]
+    for first in range(0, len(documents), 64):
+        texts = [document.text() for document in documents[first : first + 64]]
+        size += sum(len(text.encode()) for text in texts)
+        for encoding in tokenizer.encode_batch_fast(texts):
+            pending.append(np.array([*encoding.ids, end], dtype=dtype))
+            waiting += len(pending[-1])
+            while waiting >= shard_tokens:
+                row = np.concatenate(pending)
+                shards.append(_write_shard(folder / f"{name}-{len(shards):05d}.bin", row[:shard_tokens]))
+                pending, waiting = [row[shard_tokens:]], waiting - shard_tokens
     if waiting:
         shards.append(_write_shard(folder / f"{name}-{len(shards):05d}.bin", np.concatenate(pending)))
     return Split(len(documents), sum(shard.tokens for shard in shards), size, tuple(shards))
@@ -253,6 +233,10 @@ def _write_shard(path: Path, ids: np.ndarray) -> Shard:
 
 
 # %%
+from pithtrain.train.corpus import find_corpus
+
+corpus = find_corpus(None, "json/*.py", held_out=0.2)
+tokenizer = train_tokenizer([document.text() for document in corpus.train], vocab_size=512)
 with tempfile.TemporaryDirectory() as folder:
     split = write_split(Path(folder), "train", corpus.train, tokenizer, "<u2", shard_tokens=3000)
     print(f"{split.documents} documents, {split.bytes} bytes, {split.tokens} tokens")
