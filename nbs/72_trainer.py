@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,23 +47,16 @@ from pithtrain.train.step import Learner, StepResult, read_microbatches
 
 # %%
 #| export
-class Compute(NamedTuple):
-    """The device of a run and the dtype of its activations."""
+def choose_compute(run: RunConfig) -> tuple[torch.device, torch.dtype]:
+    """The device of a run and the dtype of its activations, `auto` resolved.
 
-    device: torch.device
-    dtype: torch.dtype
-
-
-# %%
-#| export
-def choose_compute(run: RunConfig) -> Compute:
-    """Resolve `auto` for device and precision. Raises UserError for a CUDA device that is not there."""
+    Raises UserError for a CUDA device that is not there."""
     cuda = torch.cuda.is_available()
     if run.device == "cuda" and not cuda:
         raise UserError("run.device: 'cuda' was asked for, but torch sees no CUDA GPU; use 'auto' or 'cpu'")
     device = torch.device("cuda" if cuda and run.device != "cpu" else "cpu")
     bfloat16 = run.precision == "bfloat16" or (run.precision == "auto" and device.type == "cuda")
-    return Compute(device, torch.bfloat16 if bfloat16 else torch.float32)
+    return device, torch.bfloat16 if bfloat16 else torch.float32
 
 
 # %%
@@ -118,7 +111,7 @@ def train(config: Config, launch: Launch = Launch(), store: dist.Store | None = 
     machine that the user can mend."""
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    compute = choose_compute(config.run)
+    device, dtype = choose_compute(config.run)
     check_axes(config, fit_axes(config.mesh, launch.world_size))
     check_loggers(config.log)
     if launch.rank == 0:
@@ -129,9 +122,9 @@ def train(config: Config, launch: Launch = Launch(), store: dist.Store | None = 
         shards = open_data(config)
     batches = TrainBatches(shards.train, config.train.sequence_length, config.train.batch_size, config.run.seed)
     try:
-        with process_group(launch, store, compute.device) as device:
-            mesh = make_mesh(config.mesh, launch.rank, launch.world_size, device)
-            return run_steps(config, mesh, compute.dtype, shards, batches)
+        with process_group(launch, store, device) as own_device:
+            mesh = make_mesh(config.mesh, launch.rank, launch.world_size, own_device)
+            return run_steps(config, mesh, dtype, shards, batches)
     except OSError as error:
         if disk_full(error):
             raise UserError(f"{config.path}: the disk is full; free some space and run the same command") from None

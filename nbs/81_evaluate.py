@@ -41,12 +41,12 @@ from pithtrain.train.trainer import choose_compute
 #| export
 def use_accelerator(run: Run) -> Run:
     """The same run with its model where it computes fastest, in the precision of its training."""
-    compute = choose_compute(replace(run.config.run, device="auto"))
-    if compute.dtype is torch.bfloat16 and run.step == 0 and run.published.get("dtype") == "BF16":
+    device, dtype = choose_compute(replace(run.config.run, device="auto"))
+    if dtype is torch.bfloat16 and run.step == 0 and run.published.get("dtype") == "BF16":
         for matrix in (weight for weight in run.model.parameters() if weight.dim() > 1):
-            matrix.data = matrix.data.to(compute.device, torch.bfloat16)
-    run.model.to(compute.device)
-    run.model.place = replace(run.model.place, dtype=compute.dtype)
+            matrix.data = matrix.data.to(device, torch.bfloat16)
+    run.model.to(device)
+    run.model.place = replace(run.model.place, dtype=dtype)
     return run
 
 

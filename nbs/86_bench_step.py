@@ -88,10 +88,10 @@ Step = Callable[[Tensor], float]
 
 def our_step(config: Config) -> Step:
     """Our step, with the batch as one microbatch."""
-    train, compute = replace(config.train, micro_batch_size=config.train.batch_size), choose_compute(config.run)
-    mesh = Mesh(fit_axes(MeshConfig(), 1), device=compute.device)
-    learner = Learner(replace(config, train=train), mesh, compute.dtype)
-    positions = torch.arange(train.sequence_length, device=compute.device)
+    device, dtype = choose_compute(config.run)
+    train = replace(config.train, micro_batch_size=config.train.batch_size)
+    learner = Learner(replace(config, train=train), Mesh(fit_axes(MeshConfig(), 1), device=device), dtype)
+    positions = torch.arange(train.sequence_length, device=device)
 
     def step(ids: Tensor) -> float:
         batch = Microbatch(ids[:, :-1], ids[:, 1:].contiguous(), positions)
@@ -102,9 +102,9 @@ def our_step(config: Config) -> Step:
 
 def transformers_step(config: Config, experts_implementation: str) -> Step:
     """A plain loop's step over the transformers model."""
-    compute = choose_compute(config.run)
-    with compute.device:
-        twin = transformers_twin(config.model, experts_implementation).to(compute.dtype)
+    device, dtype = choose_compute(config.run)
+    with device:
+        twin = transformers_twin(config.model, experts_implementation).to(dtype)
     optimizer = make_optimizer(dict(twin.named_parameters()), config.optimizer)
     return lambda ids: plain_step(twin, optimizer, ids, config)
 
@@ -183,14 +183,14 @@ def bench_step(config: Config, rounds: int, peers: tuple[str, ...] = ("eager", "
 
     Every contender takes `rounds` timed steps after two that warm up. The batch is one microbatch of random tokens.
     The result is ready for JSON."""
-    compute = choose_compute(config.run)
-    cuda = compute.device.type == "cuda"
+    device, dtype = choose_compute(config.run)
+    cuda = device.type == "cuda"
     makers: dict[str, Callable[[], Step]] = {"pithtrain": lambda: our_step(config)}
     for peer in peers:
         makers[f"transformers, {peer}"] = lambda peer=peer: transformers_step(config, peer)
     generator = torch.Generator().manual_seed(0)
     shape = (rounds + 2, config.train.batch_size, config.train.sequence_length + 1)
-    batches = torch.randint(config.model.vocab_size, shape, generator=generator).to(compute.device)
+    batches = torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
     seconds: dict[str, list[float]] = {name: [] for name in makers}
     losses, profiles, peaks = {}, {}, {}
     for names in [[name] for name in makers] if cuda else [list(makers)]:
@@ -216,7 +216,7 @@ def bench_step(config: Config, rounds: int, peers: tuple[str, ...] = ("eager", "
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name() if cuda else cpu_name(),
         "threads": torch.get_num_threads(),
-        "dtype": str(compute.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "model": {"layers": config.model.layers, "hidden": config.model.hidden, "experts": config.model.experts},

@@ -98,15 +98,15 @@ def rehearse(config: Config, rank: int, ranks: int, steps: int = 3) -> Rehearsal
     if rank >= ranks:
         raise UserError(f"--rank: {rank} is not one of {ranks} ranks, which are counted from 0")
     check_axes(config, fit_axes(config.mesh, ranks))
-    compute = choose_compute(config.run)
-    cuda = compute.device.type == "cuda"
+    device, dtype = choose_compute(config.run)
+    cuda = device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     if ranks > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
-        mesh = make_mesh(config.mesh, rank, ranks, compute.device)
-        learner = Learner(config, mesh, compute.dtype)
+        mesh = make_mesh(config.mesh, rank, ranks, device)
+        learner = Learner(config, mesh, dtype)
         whole = learner.engine
         learner.engine = Unfed(whole.schedule, whole.stages, whole.boundary, whole.group, whole.overlap)
         for part in learner.parts.values():
@@ -125,9 +125,9 @@ def rehearse(config: Config, rank: int, ranks: int, steps: int = 3) -> Rehearsal
         peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         held = [p.to_local() if isinstance(p, DTensor) else p for _, p in learner.named_parameters()]
         imbalance = (load.max(dim=1).values / load.mean(dim=1)).max().item() if len(load) else None
-        place, device = mesh.coordinates._asdict(), torch.cuda.get_device_name() if cuda else "cpu"
+        place, name = mesh.coordinates._asdict(), torch.cuda.get_device_name() if cuda else "cpu"
         found = (sum(p.numel() for p in held), imbalance, peak, min(seconds), train.batch_size * train.sequence_length)
-        return Rehearsal(rank, ranks, place, device, *found)
+        return Rehearsal(rank, ranks, place, name, *found)
     finally:
         if ranks > 1:
             dist.destroy_process_group()
