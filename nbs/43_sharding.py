@@ -135,7 +135,7 @@ class ShardedStage(PartStage):
 # ## The norm of all gradients
 #
 # The square of the global norm is a sum over every element of every gradient. Each element lives on one rank, or, with
-# hybrid sharding, on `mesh.copies` ranks. So every rank adds up the squares of its own, divides by the copies, and one
+# hybrid sharding, on `Mesh.copies` ranks. So every rank adds up the squares of its own, divides by the copies, and one
 # sum over all ranks completes it, however each tensor is sharded.
 #
 # Scaling the gradients in a pass of their own would read and write all of them once more, 8 bytes a parameter,
@@ -182,7 +182,7 @@ torch.testing.assert_close(optimizer.state[weights]["exp_avg"], torch.tensor([0.
 #
 # With expert parallelism a rank holds `1 / ep` of a layer's experts, and of those its shard. A checkpoint stores each
 # expert tensor whole, so the rank's shard is wrapped as a DTensor of the whole: split along dimension 0 over `ep`, and
-# again over the ranks that shard the same experts (`mesh.expert_order`).
+# again over the ranks that shard the same experts (`Mesh.expert_order`).
 
 
 # %%
