@@ -141,8 +141,7 @@ for band in (1, 4, 16, 32, 128):
     print(f"{band:3} down: {read_from_memory(band):6.0f} MB")
 
 # %% [markdown]
-# Few are enough for the cache; with more of them, the 132 tiles in flight share a block of weights among more, and
-# 8, 16 and 32 were as fast as one another on an H100.
+# Few are enough for the cache; with more of them, the 132 tiles in flight share a block of weights among more.
 
 
 # %%
@@ -241,9 +240,8 @@ def programs_on(tensor: Tensor) -> int:
 #
 # A product costs $2PHN$ operations for $N$ columns of output ($2I$ for *up*), and a dispatch writes $2PH$ bytes that
 # gathering does not, so the larger $N$, the less it counts. In the whole block, forward and backward, in turns on one
-# H100, gathering is faster at 768 hidden units (Qwen3-30B-A3B), and dispatching at 1,408 (DeepSeek-V2-Lite, by less
-# than a hundredth) and, more so, at 2,880 (GPT-OSS). The line is drawn in between; the table at the end has each
-# product by either way.
+# H100, gathering is faster at 768 hidden units (Qwen3-30B-A3B), and dispatching at 1,408 (DeepSeek-V2-Lite), by little,
+# and more so at 2,880 (GPT-OSS). The line is drawn in between; the table at the end has each product by either way.
 
 
 # %%
@@ -542,7 +540,7 @@ if INTERPRETED:
 #
 # It works through the accumulator in quarters, because registers are short: 128 x 256 sums in fp32 fill half
 # of them. For the same reason this kernel alone is not flattened: the fetches of the next tile would push the
-# epilogue's numbers out to memory. Flattened, gathering takes 1.5 times as long; on rows in order it gains nothing.
+# epilogue's numbers out to memory. Flattened, gathering takes longer; on rows in order it gains nothing.
 #
 # One more duty: the weight-gradient kernel reads whole blocks of rows, and the last block may reach past the
 # last valid row. Those few rows are set to zero here, because 0 times an uninitialised NaN is NaN.
@@ -718,14 +716,14 @@ def gate_up_gradient(
     """Gradient of gate_up (E, 2I, H), from what `activation_gradient` left; `tokens` as in `up_projection`."""
     if in_order:
         return F.grouped_mm(d_hidden.T, tokens, offs=order.offsets[1:]).to(dtype)
-    return weight_gradient(d_hidden, tokens, order, False, dtype)
+    return weight_gradient(d_hidden, tokens, order, gather_left=False, dtype=dtype)
 
 
 def down_gradient(scaled: Tensor, grad: Tensor, order: Sorted, dtype: torch.dtype, in_order: bool = False) -> Tensor:
     """Gradient of down (E, H, I), from what `activation_gradient` left; `grad` as there."""
     if in_order:
         return F.grouped_mm(grad.T, scaled, offs=order.offsets[1:]).to(dtype)
-    return weight_gradient(scaled, grad, order, True, dtype)
+    return weight_gradient(scaled, grad, order, gather_left=True, dtype=dtype)
 
 
 # %%
@@ -787,7 +785,7 @@ class ExpertMLP(torch.autograd.Function):
             del rows
         if any(wants_bias):  # a bias is the weight of an input that is always 1; a descriptor's rows take 16 bytes
             ones = tokens.new_ones(len(tokens), 16 // tokens.element_size())
-            d_bias = weight_gradient(d_hidden, ones, order, False, d_hidden.dtype)[..., 0]
+            d_bias = weight_gradient(d_hidden, ones, order, gather_left=False, dtype=d_hidden.dtype)[..., 0]
         return d_tokens, None, d_weights, d_gate_up, d_down, None, d_bias
 
 
@@ -895,10 +893,10 @@ if home:
 # What was tried and lost:
 #
 # * two smaller tiles at a time on each multiprocessor, so that one writes while the other multiplies: small tiles read
-#   the cache too often (a third slower);
+#   the cache too often;
 # * `hidden` brought into the cache ahead of the epilogue, or its next quarter loaded while one is used: there are no
 #   registers left;
-# * descriptors for what *d activated* loads or stores (slower by a sixth and more), or for what *up* stores (no gain);
+# * descriptors for what *d activated* loads or stores (slower), or for what *up* stores (no gain);
 # * programs that start at staggered times: no gain, and much slower where the delay is long, since programs in step
 #   share what they read;
 # * tiles of 128 x 192, which divide 2,880 without a rest, as two products in one loop;

@@ -286,6 +286,8 @@ def import_model(source: Path, run: Path, report: Callable[[str], None] = print)
     """Make the run folder `run`, with its step 0, of the published model in `source`.
 
     Raises UserError, before anything is written, for a folder that is not exactly the model it says it is."""
+    if run.exists():  # at once, and not when all is read
+        raise UserError(f"{run}: exists; choose another name, or delete it")
     found, config, quantised = read_config(source, run)
     stored = stored_tensors(source, tuple(quantised.get("weight_block_size") or (128, 128)))
     with torch.device("meta"):

@@ -195,7 +195,7 @@ def test_layer_is_that_of_transformers(name, size):
     source = dict(theirs.named_parameters())
     for n, p in ours.named_parameters():
         sums_cancel = size < 1 and n in ("A_log", "dt_bias")  # of what small keys leave for the decay to fade
-        assert error(p.grad, source[mapping[n]].grad) < (1e-3 if sums_cancel else 1e-4), n
+        assert error(p.grad, source[mapping[n]].grad) < (3e-4 if sums_cancel else 1e-4), n
 
 
 def test_layer_decodes_as_it_reads():
