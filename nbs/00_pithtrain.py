@@ -37,7 +37,8 @@ print("experts", chosen.tolist(), "with weights", [round(float(w), 2) for w in w
 #   [traceback](02_traceback.py).
 # - **Kernels** in Triton, each beside its PyTorch reference: [Triton here](10_triton.py), [sort](11_sort.py),
 #   [expert MLP](12_expert_mlp.py), [router](13_router_kernel.py), [cross-entropy](14_cross_entropy.py),
-#   [pieces of attention](15_attention_pieces.py), [dispatch](16_dispatch_kernel.py).
+#   [pieces of attention](15_attention_pieces.py), [dispatch](16_dispatch_kernel.py),
+#   [rotation](17_rotary_kernel.py), [AdamW](18_adamw_kernel.py).
 # - **Layers**: the Mixture-of-Experts itself, [router](20_router.py), [balance](21_balance.py) and
 #   [experts](22_experts.py); and the rest of a layer, [linear](23_linear.py), [norm](24_norm.py),
 #   [MLP](23a_mlp.py), [rotary](25_rotary.py), [attention](26_attention.py), [loss](27_loss.py); and what some

@@ -305,4 +305,4 @@ assert torch.equal(gather_sum(values, plan.rows, plan.slots), reference_gather_s
 
 # %% [markdown]
 # What both take on a GPU, beside what their bytes would take, stands in [expert parallelism](41_expert_parallel.py),
-# which moves the rows. Next: the layers that these kernels serve, beginning with [the router](20_router.py).
+# which moves the rows. Next: [rotation](17_rotary_kernel.py) of queries and keys.

@@ -18,6 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pithtrain.kernels.lang import runs_triton
+from pithtrain.kernels.rotary import triton_rotate
+
 # %% [markdown]
 # ## The maths
 #
@@ -64,13 +67,16 @@ fig
 
 # %% [markdown]
 # Each pair is a clock hand: the first turns once in about six tokens, the last hardly moves in a thousand.
-# Near distances are read off the fast hands, far ones off the slow.
+# Near distances are read off the fast hands, far ones off the slow. On a GPU [a kernel](17_rotary_kernel.py) turns
+# them, in one pass.
 
 
 # %%
 #| export
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate `x` (batch, sequence, heads, head_dim) by a table of (sequence, head_dim / 2); dtype stays."""
+    if x.is_cuda and runs_triton(x):
+        return triton_rotate(x, cos, sin)
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -108,6 +114,8 @@ assert abs(score(7, 2) - score(107, 102)) < 1e-4
 #| export
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`rotate` for a head whose pairs are neighbours, features 2i and 2i + 1; shapes as there."""
+    if x.is_cuda and runs_triton(x):
+        return triton_rotate(x, cos, sin, neighbours=True)
     first, second = x.unflatten(-1, (-1, 2)).unbind(dim=-1)
     cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
     return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)

@@ -139,19 +139,25 @@ class ShardedStage(PartStage):
 # sum over all ranks completes it, however each tensor is sharded.
 #
 # Scaling the gradients in a pass of their own would read and write all of them once more, 8 bytes a parameter,
-# clipped or not. torch's fused AdamW divides them by its `grad_scale` while it reads them anyway, and
-# only writes them back, 4 bytes.
+# clipped or not. [AdamW](18_adamw_kernel.py) divides them by its `grad_scale` while it reads them anyway.
+
+
+# %%
+#| export
+def on_this_rank(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that may be sharded, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 # %%
 #| export
 @torch.no_grad()
 def clip_gradients(optimizer: torch.optim.AdamW, limit: float, mesh: Mesh) -> Tensor:
-    """The global gradient norm, an fp64 scalar; the next step of the fused `optimizer` clips the gradients to `limit`.
+    """The global gradient norm, an fp64 scalar; the next step of `optimizer` clips the gradients to `limit`.
 
     A limit of 0 leaves them alone."""
-    found = (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
-    grads = [g.to_local() if isinstance(g, DTensor) else g for g in found]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grads = [on_this_rank(p.grad) for p in parameters if p.grad is not None]
     square = torch.stack(torch._foreach_norm(grads, dtype=torch.float64)).square().sum()
     if mesh.world_size > 1:
         square /= mesh.copies
@@ -191,10 +197,11 @@ def in_global_order(name: str, local: Tensor, mesh: Mesh) -> Tensor:
     """What this rank holds of the tensor called `name`, as a piece of the whole model's tensor of that name."""
     if mesh.expert_order is None or ".experts." not in name:
         return local
-    own = local.to_local() if isinstance(local, DTensor) else local
     shape = torch.Size([local.shape[0] * mesh.axes.ep, *local.shape[1:]])
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(own, mesh.expert_order, [Shard(0), Shard(0)], run_check=False, shape=shape, stride=stride)
+    return DTensor.from_local(
+        on_this_rank(local), mesh.expert_order, [Shard(0), Shard(0)], run_check=False, shape=shape, stride=stride
+    )
 
 
 # %% [markdown]

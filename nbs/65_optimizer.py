@@ -9,11 +9,15 @@
 # %%
 #| export
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import nn
 
 from pithtrain.config import OptimizerConfig
+from pithtrain.kernels.adamw import triton_adamw
+from pithtrain.kernels.lang import runs_triton
+from pithtrain.parallel.sharding import on_this_rank
 
 # %% [markdown]
 # ## AdamW
@@ -40,6 +44,44 @@ torch.optim.AdamW([parameter], lr=eta, betas=(beta1, beta2), eps=eps, weight_dec
 torch.testing.assert_close(parameter.data, by_hand)
 
 # %% [markdown]
+# On a GPU [our kernel](18_adamw_kernel.py) takes the step: it moves 28 bytes a parameter where torch's moves 32. All
+# else is torch's: its groups, its state, and its `grad_scale`, by which gradients are divided
+# ([clipping](43_sharding.py)). Only the count of steps is on the host, where the kernel's launch needs it.
+
+
+# %%
+#| export
+class KernelAdamW(torch.optim.AdamW):
+    """torch's AdamW with steps by `triton_adamw`, one launch a parameter.
+
+    Every parameter's `state` must be there before the first step, its "step" on the CPU: see `make_optimizer`."""
+
+    grad_scale: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                state["step"] += 1
+                local = (on_this_rank(t) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"]))
+                decay, (beta1, beta2) = group["weight_decay"], group["betas"]
+                count = int(state["step"])
+                triton_adamw(*local, self.grad_scale, count, group["lr"], decay, beta1, beta2, group["eps"])
+
+
+# %%
+if runs_triton(theta):
+    parameter = nn.Parameter(theta.clone())
+    parameter.grad = g
+    optimizer = KernelAdamW([parameter], lr=eta, betas=(beta1, beta2), eps=eps, weight_decay=lam)
+    optimizer.state[parameter] = {"step": torch.zeros(()), "exp_avg": 0 * theta, "exp_avg_sq": 0 * theta}
+    optimizer.step()
+    torch.testing.assert_close(parameter.data, by_hand)
+
+# %% [markdown]
 # Decay makes sense for matrices, whose size a following norm forgets anyway. A norm's scale that is
 # decayed towards zero silences its layer, so vectors are left alone.
 
@@ -56,10 +98,12 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConf
             chosen = [p for n, p in parameters.items() if (".experts." in n, p.dim() >= 2) == (experts, matrices)]
             if chosen:
                 groups.append({"params": chosen, "weight_decay": config.weight_decay if matrices else 0.0})
-    optimizer = torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), config.eps, fused=True)
+    by_kernel = all(p.is_cuda and runs_triton(p) for p in parameters.values())
+    kind = KernelAdamW if by_kernel else partial(torch.optim.AdamW, fused=True)
+    optimizer = kind(groups, config.learning_rate, (config.beta1, config.beta2), config.eps)
     for p in parameters.values():  # now and not at the first step: memory is short early or never
         zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
+        optimizer.state[p] = {"step": torch.zeros((), device="cpu" if by_kernel else p.device), **zeros}
     return optimizer
 
 

@@ -123,6 +123,8 @@ class Objective:
         self.load = torch.zeros(layers, experts, dtype=torch.long, device=device)
         self.load_so_far = torch.zeros_like(self.load)
         self.entropy = torch.zeros(layers, device=device)
+        numbers = [int(number) for number, layer in self.part.layers.items() if layer.router is not None]
+        self.moe_layers = torch.tensor(numbers, device=device)  # here: behind the forward, the host would wait for it
 
     def __call__(self, x: None, batch: Microbatch) -> Tensor:
         """The loss of one microbatch, of a model that is all here."""
@@ -140,21 +142,20 @@ class Objective:
 
     def balance(self, routing: list[Routed | None], sequences: int) -> Tensor:
         """This rank's part of the balance loss of one microbatch, a scalar; counts where tokens went."""
-        held = [int(name) for name, routed in zip(self.part.layers, routing, strict=True) if routed is not None]
         routing = [routed for routed in routing if routed is not None]
         if not routing:
             return self.losses.new_zeros(())
         wanted = self.config.balance
         own = torch.stack([sequence_load(r.expert_ids, sequences, r.probs.shape[1]) for r in routing])
         seen = own.sum(dim=1)
-        self.load[held] += seen
-        self.entropy[held] += torch.stack([routing_entropy(r.probs) for r in routing]) * self.balance_share
+        self.load[self.moe_layers] += seen
+        self.entropy[self.moe_layers] += torch.stack([routing_entropy(r.probs) for r in routing]) * self.balance_share
         if wanted.global_batch and self.mesh.token_group:
             dist.all_reduce(seen, group=self.mesh.token_group)
         if (wanted.sequence or wanted.micro_batch) and self.mesh.cp_group:
             dist.all_reduce(own, group=self.mesh.cp_group)
-        self.load_so_far[held] += seen
-        return balance_loss(routing, own, self.load_so_far[held], wanted) * self.balance_share
+        self.load_so_far[self.moe_layers] += seen
+        return balance_loss(routing, own, self.load_so_far[self.moe_layers], wanted) * self.balance_share
 
 
 # %% [markdown]
@@ -316,9 +317,10 @@ class Learner:
                 for number, layer in part.layers.items():
                     if load[int(number)].any():
                         update_bias(layer.router.bias, load[int(number)], rate)
+        load, sums = load.cpu(), sums.cpu()
         routed = load.any(dim=1)
         loss, balance, *_ = sums.tolist()
-        return StepResult(loss, balance, norm.item(), load[routed].cpu(), sums[2:][routed].cpu())
+        return StepResult(loss, balance, norm.item(), load[routed], sums[2:][routed])
 
     @torch.no_grad()
     def evaluate(self, batches: HeldOutBatches) -> tuple[float, int]:

@@ -283,6 +283,52 @@ def test_the_step_is_that_of_a_plain_loop():
         assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-5, name
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gpu_the_step_on_a_gpu_is_the_cpus(family):
+    """Kernels and their optimiser in fp32 on a GPU, plain PyTorch on the CPU; each step begins where the CPU's did."""
+    config = run(FAMILIES[family], {}, train={"micro_batch_size": 4})
+    axes = fit_axes(MeshConfig(), 1)
+    cpu, gpu = (Learner(config, Mesh(axes, device=torch.device(device))) for device in ("cpu", "cuda"))
+    for step in range(3):
+        for name, tensor in gpu.state().items():
+            tensor.copy_(cpu.state()[name])
+        for learner in (cpu, gpu):
+            learner.resume(step)
+        results = [x.step(read_microbatches(RandomBatches(300, 32, 8), step, 4, x.mesh), 2e-3) for x in (cpu, gpu)]
+        assert results[1].loss == pytest.approx(results[0].loss, rel=1e-5)
+        assert results[1].grad_norm == pytest.approx(results[0].grad_norm, rel=1e-3)
+        assert torch.equal(results[0].load, results[1].load)
+    for (name, a), (_, b) in zip(gpu.state().items(), cpu.state().items(), strict=True):
+        assert (a.cpu() - b).norm() <= 2e-3 * b.norm(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gpu_nothing_waits_between_the_first_kernel_and_the_result(family, monkeypatch):
+    config = run(FAMILIES[family], {}, train={"micro_batch_size": 4})
+    learner = Learner(config, Mesh(fit_axes(MeshConfig(), 1), device=torch.device("cuda")), torch.bfloat16)
+    batches = [read_microbatches(RandomBatches(300, 32, 8), step, 4, learner.mesh) for step in range(2)]
+    learner.step(batches[0], 2e-3)  # compiles
+    (objective,) = learner.objectives.values()
+    begin, result = objective.begin, learner.result
+
+    def begin_and_watch(*counts):
+        begin(*counts)
+        torch.cuda.set_sync_debug_mode("error")
+
+    def unwatched_result(norm):
+        torch.cuda.set_sync_debug_mode("default")
+        return result(norm)
+
+    monkeypatch.setattr(objective, "begin", begin_and_watch)
+    monkeypatch.setattr(learner, "result", unwatched_result)
+    try:
+        learner.step(batches[1], 2e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_microbatches_of_all_ranks_are_the_batch():
     batches = RandomBatches(300, 32, 16)
     whole, _ = batches.read(batches.rows(2))

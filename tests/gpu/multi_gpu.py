@@ -8,6 +8,7 @@ Any number of GPUs. Without a GPU it runs on the CPU through gloo, small, as a r
 import argparse
 import dataclasses
 import datetime
+import gc
 import json
 import os
 import signal
@@ -98,6 +99,7 @@ def speeds(rank: int, world: int, device: torch.device, found: dict[str, dict]) 
             f"pp=2,ep={world // 2}, in turn": (MeshConfig(pp=2, ep=world // 2), 8, 2),
         }
         for label, (mesh, count, micro) in plans.items():
+            gc.collect()  # what ran before is full of cycles
             if CUDA:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
