@@ -217,8 +217,9 @@ def describe_run(config: Config, mesh: Mesh, dtype: torch.dtype, first: int) -> 
     if mesh.world_size > 1:
         sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.axes._asdict().items() if size > 1)
         where = f"{mesh.world_size} ranks ({sizes}), {where}"
-    resumed = f"{config.path}: going on from step {first}\n" if first else ""
-    return f"{resumed}{total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active; {where}"
+    resumed = "finished" if first == config.train.steps else f"going on from step {first}"
+    begun = f"{config.path}: {resumed}\n" if first else ""
+    return f"{begun}{total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active; {where}"
 
 
 # %% [markdown]

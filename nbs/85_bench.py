@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from pithtrain.config import UserError
 from pithtrain.kernels.expert_mlp import expert_mlp
@@ -87,7 +88,7 @@ def shape_for(shape: Shape, device: torch.device) -> tuple[Shape, str]:
         return shape, f"bf16 on {torch.cuda.get_device_name(device)}"
     if shape.hidden > 512:
         shape = shape._replace(hidden=shape.hidden // 8, expert_hidden=shape.expert_hidden // 8, tokens=512)
-        return shape, "no GPU here: fp32 on the CPU, all widths divided by 8, 512 tokens"
+        return shape, "no GPU here: fp32 on the CPU, fewer tokens, all widths divided by 8"
     return shape, "no GPU here: fp32 on the CPU"
 
 
@@ -347,7 +348,7 @@ def bench_moe(
     for name, block in (blocks | {"pithtrain, hottest expert 8x mean": skewed}).items():
         runs[name] = partial(one_pass, block, problem)
     names, turns = list(runs), []
-    for first in range(len(names)):
+    for first in tqdm(range(len(names)), desc="turns", leave=False):
         rotated = names[first:] + names[:first]
         turns.append({name: median_ms(runs[name], device, repeats) for name in rotated[:: -1 if first % 2 else 1]})
     with torch.no_grad():

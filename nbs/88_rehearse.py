@@ -31,7 +31,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pithtrain.config import Config, UserError
@@ -40,6 +39,7 @@ from pithtrain.models.stages import Arrived
 from pithtrain.parallel.expert import Announced, ExpertExchange, Journey
 from pithtrain.parallel.mesh import check_axes, fit_axes, make_mesh
 from pithtrain.parallel.pipeline.engine import Engine
+from pithtrain.parallel.sharding import on_this_rank
 from pithtrain.train.step import Learner, read_microbatches
 from pithtrain.train.trainer import choose_compute
 from pithtrain.verify import RandomBatches
@@ -123,7 +123,7 @@ def rehearse(config: Config, rank: int, ranks: int, steps: int = 3) -> Rehearsal
             load = learner.step(own, config.optimizer.learning_rate).load.double()  # ends with numbers on the host
             seconds.append(time.perf_counter() - start)
         peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        held = [p.to_local() if isinstance(p, DTensor) else p for _, p in learner.named_parameters()]
+        held = [on_this_rank(p) for _, p in learner.named_parameters()]
         imbalance = (load.max(dim=1).values / load.mean(dim=1)).max().item() if len(load) else None
         place, name = mesh.coordinates._asdict(), torch.cuda.get_device_name() if cuda else "cpu"
         found = (sum(p.numel() for p in held), imbalance, peak, min(seconds), train.batch_size * train.sequence_length)
@@ -136,13 +136,14 @@ def rehearse(config: Config, rank: int, ranks: int, steps: int = 3) -> Rehearsal
 # %%
 #| export
 def describe_rehearsal(result: Rehearsal) -> str:
-    """The rehearsal in four lines."""
+    """The rehearsal in five lines."""
     place = ", ".join(f"{axis} {number}" for axis, number in result.place.items())
     of = "" if result.device != "cpu" else ", the whole process"
     return f"""rank {result.rank} of {result.ranks} ({place}) on {result.device}
   parameters held  {result.parameters:,}
   peak memory      {result.peak_bytes / 2**30:.2f} GiB{of}
-  step             {result.step_seconds * 1e3:,.0f} ms without communication, of {result.tokens_per_step:,} tokens"""
+  step             {result.step_seconds * 1e3:,.0f} ms without communication
+  tokens of a step {result.tokens_per_step:,} on all ranks together"""
 
 
 # %% [markdown]
