@@ -7,9 +7,10 @@
 # next to nothing to compute; what counts is what moves. AdamW needs four numbers of every parameter, the weight, its
 # gradient and two averages, and changes three of them: in fp32 that is 4 · 4 + 3 · 4 = 28 bytes.
 #
-# [Clipping](43_sharding.py) wants every gradient multiplied by one number first. In a pass of its own that reads and
-# writes all gradients again, 8 bytes. torch's fused AdamW does it in the same pass, but writes the gradients back,
-# though nobody reads them again: 4 bytes.
+# [Clipping](43_sharding.py) wants every gradient divided by one number first, $c = \max(1, \lVert g \rVert /
+# \text{limit})$ with the norm of all gradients together. In a pass of its own that reads and writes all of them again,
+# 8 bytes. torch's fused AdamW does it in the same pass, but then writes the gradients back, though nobody reads them
+# again: 4 bytes.
 #
 # ```
 #                        read                  write              bytes
@@ -31,36 +32,38 @@ from pithtrain.kernels.lang import runs_triton, tl, triton, want
 # %% [markdown]
 # ## The maths
 #
-# With the gradient $g$ divided by the clip's scale $c \ge 1$, and the step's number $n$, counted from 1
-# ([what it means](65_optimizer.py); arXiv 1711.05101):
+# For a weight $w$, its gradient $g$ and the averages $m$ and $v$, at step $n$, counted from 1, with the learning rate
+# $\eta$ and the weight decay $\lambda$ ([what it means](65_optimizer.py); arXiv 1711.05101):
 #
 # $$m \leftarrow m + (1-\beta_1) (g / c - m), \quad v \leftarrow \beta_2 v + (1-\beta_2) (g / c)^2, \quad
 #   w \leftarrow (1 - \eta\lambda)\, w - \frac{\eta}{1 - \beta_1^n}\,
 #   \frac{m}{\sqrt{v} \,/ \sqrt{1 - \beta_2^n} + \epsilon}.$$
 #
-# All that depends on the step alone is a number by the time the kernel starts. Powers are taken on the host in
-# float64: $1 - \beta_2^n$ with $\beta_2 = 0.999$ and $n = 1$ has three digits less in it than its operands.
+# What depends on the step alone is computed before the kernel starts, on the host and in float64: in $1 - \beta_2^n$
+# with $\beta_2 = 0.999$ and $n = 1$ three digits cancel. The kernel gets `keep` $= 1 - \eta\lambda$, `move`
+# $= \eta / (1 - \beta_1^n)$, `root` $= 1 / \sqrt{1 - \beta_2^n}$, and `new1` and `new2`, $1 - \beta_1$ and
+# $1 - \beta_2$; `mean` and `square` are $m$ and $v$.
 
 
 # %%
 #| export
 @triton.jit
 def adamw_kernel(
-    w_ptr, g_ptr, mean_ptr, square_ptr, scale_ptr, n, keep, rate, root, rest1, beta2, rest2, eps,
+    w_ptr, g_ptr, mean_ptr, square_ptr, scale_ptr, numbers, keep, move, root, new1, beta2, new2, eps,
     CLIPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A step on BLOCK of n numbers. rest1 and rest2 are 1 - beta; keep, rate and root are the fractions above."""
+    """A step on BLOCK of so many numbers; the gradient is divided by the scalar at scale_ptr if CLIPPED."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < n
+    mask = i < numbers
     g = tl.load(g_ptr + i, mask=mask, other=0.0).to(tl.float32)
     if CLIPPED:
         g /= tl.load(scale_ptr)
     mean = tl.load(mean_ptr + i, mask=mask, other=0.0)
     square = tl.load(square_ptr + i, mask=mask, other=0.0)
     w = tl.load(w_ptr + i, mask=mask, other=0.0)
-    mean += rest1 * (g - mean)
-    square = beta2 * square + rest2 * g * g
-    w = keep * w - rate * mean / (tl.sqrt(square) * root + eps)
+    mean += new1 * (g - mean)
+    square = beta2 * square + new2 * g * g
+    w = keep * w - move * mean / (tl.sqrt(square) * root + eps)
     tl.store(w_ptr + i, w, mask=mask)
     tl.store(mean_ptr + i, mean, mask=mask)
     tl.store(square_ptr + i, square, mask=mask)
@@ -76,7 +79,7 @@ def triton_adamw(
     weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, scale: Tensor | None, step: int,
     rate: float, decay: float, beta1: float, beta2: float, eps: float,
 ) -> None:  # fmt: skip
-    """AdamW's step number `step` on a fp32 `weight` of any shape, in place, with its averages `mean` and `square`.
+    """AdamW's step number `step`, from 1, in place: on a fp32 `weight` of any shape and its averages.
 
     `grad` may be fp32, bf16 or fp16; it is divided by `scale`, a fp32 scalar, and stays as it is. Raises TypeError or
     ValueError, one line, on bad arguments. Source: arXiv 1711.05101."""
@@ -89,9 +92,9 @@ def triton_adamw(
     want("grad", grad, weight.shape, (torch.float32, torch.bfloat16, torch.float16), weight.device)
     if scale is not None:
         want("scale", scale, (), (torch.float32,), weight.device)
-    if n := weight.numel():
-        adamw_kernel[(triton.cdiv(n, 1024),)](
-            weight, grad.contiguous(), mean, square, scale, n,
+    if numbers := weight.numel():
+        adamw_kernel[(triton.cdiv(numbers, 1024),)](
+            weight, grad.contiguous(), mean, square, scale, numbers,
             1 - rate * decay, rate / (1 - beta1**step), (1 - beta2**step) ** -0.5, 1 - beta1, beta2, 1 - beta2, eps,
             scale is not None, 1024,
         )  # fmt: skip
@@ -121,7 +124,8 @@ for scale in (None, torch.tensor(3.0)):
         assert (weight - true).norm() < 1e-5 * moved
 
 # %% [markdown]
-# On a GPU (`tools/memory_kernels.py`):
+# On a GPU (`tools/memory_kernels.py`) the bytes are the smaller part of the gain: torch's kernel also moves its own
+# more slowly.
 
 # %%
 import json

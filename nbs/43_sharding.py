@@ -153,9 +153,9 @@ def on_this_rank(tensor: Tensor) -> Tensor:
 #| export
 @torch.no_grad()
 def clip_gradients(optimizer: torch.optim.AdamW, limit: float, mesh: Mesh) -> Tensor:
-    """The global gradient norm, an fp64 scalar; the next step of `optimizer` clips the gradients to `limit`.
+    """The global gradient norm, an fp64 scalar; steps of `optimizer`, a fused one, clip to `limit` until the next call.
 
-    A limit of 0 leaves them alone."""
+    A limit of 0 leaves the gradients alone."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grads = [on_this_rank(p.grad) for p in parameters if p.grad is not None]
     square = torch.stack(torch._foreach_norm(grads, dtype=torch.float64)).square().sum()
@@ -168,7 +168,7 @@ def clip_gradients(optimizer: torch.optim.AdamW, limit: float, mesh: Mesh) -> Te
 
 
 # %% [markdown]
-# A gradient (3, 4) of norm 5, limited to 1, becomes (0.6, 0.8). AdamW's first moment, from zero, takes 1 - 0.9 of it:
+# A gradient (3, 4) of norm 5, limited to 1, counts as (0.6, 0.8). AdamW's first moment, from zero, takes 1 - 0.9 of it:
 # (0.06, 0.08). (The step itself would show nothing: Adam's first does not depend on the gradient's scale.)
 
 # %%

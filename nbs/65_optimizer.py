@@ -29,6 +29,10 @@ from pithtrain.parallel.sharding import on_this_rank
 # $$m \leftarrow \beta_1 m + (1-\beta_1) g, \quad v \leftarrow \beta_2 v + (1-\beta_2) g^2, \quad
 #   \theta \leftarrow (1 - \eta\lambda)\,\theta - \eta\, \frac{\hat m}{\sqrt{\hat v} + \epsilon}.$$
 #
+# Here $\eta$ is the learning rate, $\lambda$ the weight decay, and $\epsilon$ keeps the quotient finite. The averages
+# start at zero, so at step $n$ they hold a share $1 - \beta^n$ of a full average; $\hat m = m / (1 - \beta_1^n)$ and
+# $\hat v = v / (1 - \beta_2^n)$ make up for that.
+#
 # One step of it, written out, against torch's fused implementation:
 
 # %%
@@ -44,8 +48,8 @@ torch.optim.AdamW([parameter], lr=eta, betas=(beta1, beta2), eps=eps, weight_dec
 torch.testing.assert_close(parameter.data, by_hand)
 
 # %% [markdown]
-# On a GPU [our kernel](18_adamw_kernel.py) takes the step: it moves 28 bytes a parameter where torch's moves 32. All
-# else is torch's: its groups, its state, and its `grad_scale`, by which gradients are divided
+# On a GPU [our kernel](18_adamw_kernel.py) takes the step: where gradients are clipped, it moves 28 bytes a parameter
+# and torch's moves 32. All else is torch's: its groups, its state, and its `grad_scale`, by which gradients are divided
 # ([clipping](43_sharding.py)). Only the count of steps is on the host, where the kernel's launch needs it.
 
 
@@ -54,22 +58,24 @@ torch.testing.assert_close(parameter.data, by_hand)
 class KernelAdamW(torch.optim.AdamW):
     """torch's AdamW with steps by `triton_adamw`, one launch a parameter.
 
-    Every parameter's `state` must be there before the first step, its "step" on the CPU: see `make_optimizer`."""
+    Parameters are fp32; their `state` is there before the first step, its "step" on the CPU: see `make_optimizer`."""
 
     grad_scale: torch.Tensor | None = None
 
     @torch.no_grad()
     def step(self) -> None:
+        """One step on every parameter that has a gradient; the gradients stay as they are."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                state = self.state[p]
+                state, (beta1, beta2) = self.state[p], group["betas"]
                 state["step"] += 1
-                local = (on_this_rank(t) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"]))
-                decay, (beta1, beta2) = group["weight_decay"], group["betas"]
-                count = int(state["step"])
-                triton_adamw(*local, self.grad_scale, count, group["lr"], decay, beta1, beta2, group["eps"])
+                weight, grad, mean, square = map(on_this_rank, (p, p.grad, state["exp_avg"], state["exp_avg_sq"]))
+                triton_adamw(
+                    weight, grad, mean, square, self.grad_scale, int(state["step"]),
+                    rate=group["lr"], decay=group["weight_decay"], beta1=beta1, beta2=beta2, eps=group["eps"],
+                )  # fmt: skip
 
 
 # %%
@@ -83,25 +89,27 @@ if runs_triton(theta):
 
 # %% [markdown]
 # Decay makes sense for matrices, whose size a following norm forgets anyway. A norm's scale that is
-# decayed towards zero silences its layer, so vectors are left alone.
+# decayed towards zero silences its layer, so vectors are left alone, a layer's stack of its experts' biases too.
 
 
 # %%
 #| export
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over named parameters: weight decay on those of two or more axes, none on vectors.
+    """AdamW over named fp32 parameters: weight decay on matrices, none on vectors.
 
-    Experts, which are sharded over other ranks than the rest, are groups of their own."""
+    Experts, which are sharded over other ranks than the rest and stacked along their first axis, are groups of their
+    own."""
     groups = []
     for experts in (False, True):
+        named = [(n, p) for n, p in parameters.items() if (".experts." in n) == experts]
         for matrices in (False, True):
-            chosen = [p for n, p in parameters.items() if (".experts." in n, p.dim() >= 2) == (experts, matrices)]
+            chosen = [p for _, p in named if (p.dim() >= 2 + experts) == matrices]
             if chosen:
                 groups.append({"params": chosen, "weight_decay": config.weight_decay if matrices else 0.0})
     by_kernel = all(p.is_cuda and runs_triton(p) for p in parameters.values())
     kind = KernelAdamW if by_kernel else partial(torch.optim.AdamW, fused=True)
     optimizer = kind(groups, config.learning_rate, (config.beta1, config.beta2), config.eps)
-    for p in parameters.values():  # now and not at the first step: memory is short early or never
+    for p in parameters.values():  # now and not at the first step: if memory does not suffice, that shows at once
         zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         optimizer.state[p] = {"step": torch.zeros((), device="cpu" if by_kernel else p.device), **zeros}
     return optimizer

@@ -4,7 +4,7 @@
 # > Tokens per second of our training step and of a plain loop over the transformers model, in one run.
 #
 # A speed means little alone: machines differ, and the same machine differs from hour to hour. So both
-# models train in the same process, on the same batches, with the same optimiser and the same threads, and what
+# models train in the same process, on the same batches, with AdamW and the same threads, and what
 # is reported beside the speeds is their *ratio*.
 #
 # The peer is what one would write without PithTrain: the model of `transformers`, its loss, `clip_grad_norm_`,
@@ -311,13 +311,14 @@ file = Path(pithtrain.__file__).parent.parent / "docs" / "benchmarks" / "step-h1
 if file.exists():
     measured = json.loads(file.read_text())
     print(describe_bench_step(measured))
-    print(f"{measured['date']}; of 989 TFLOP/s: {measured['tflops']['pithtrain'] / 989:.0%}")
+    peak = 989  # TFLOP/s of an H100's bf16 products (NVIDIA's data sheet)
+    print(f"{measured['date']}; of {peak} TFLOP/s: {measured['tflops']['pithtrain'] / peak:.0%}")
     for kernel, ms in measured["profiles"]["pithtrain"]["longest"].items():
         print(f"{ms:9.1f} ms  {kernel[:100]}")
 
 # %% [markdown]
-# Above a tenth, and neither a product nor attention, is the optimiser. Such a model has many parameters for the few
-# that work on a token, and [AdamW](18_adamw_kernel.py) touches them all: it reads the weight, the gradient and two
+# The longest kernel, and neither a product nor attention, is the optimiser's. Such a model has many parameters for the
+# few that work on a token, and [AdamW](18_adamw_kernel.py) touches them all: it reads the weight, the gradient and two
 # averages, and writes three of them back. The gradient's norm, which [clipping](43_sharding.py) asks for, reads it
 # once more. What that is at an H100's 3.35 TB/s (NVIDIA's data sheet), beside what it took:
 
@@ -335,6 +336,6 @@ if file.exists():
         )
 
 # %% [markdown]
-# So AdamW is a ninth from the data sheet's speed, and at that speed would still be a sixth of this step. It shrinks
-# where it belongs: with more tokens in a step, and with ranks that share the weights. Of everything else no kernel is
-# above 4 %.
+# AdamW runs at nine tenths of the data sheet's speed; even at all of it, it would be a sixth of this step. Its share
+# falls with more tokens in a step, and with ranks that share the weights. Apart from products, attention and AdamW, no
+# kernel takes more than 4 %.

@@ -7,9 +7,10 @@ import families
 import pytest
 import torch
 
-from pithtrain.config import GptOssConfig, UserError, config_from_tables
+from pithtrain.config import GptOssConfig, OptimizerConfig, UserError, config_from_tables
 from pithtrain.models.gpt_oss import gpt_oss
 from pithtrain.models.stages import Place
+from pithtrain.train.optimizer import make_optimizer
 
 BASE = GptOssConfig(
     vocab_size=300, layers=3, hidden=32, heads=4, kv_heads=2, head_dim=8, experts=8, top_k=3, expert_hidden=24,
@@ -219,3 +220,13 @@ def test_bad_settings_are_refused_in_one_line(settings, message):
     with pytest.raises(UserError) as caught:
         config_from_tables({"model": {"family": "gpt-oss", **settings}}, "x.toml")
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_matrices_are_decayed_and_vectors_not():
+    """A layer's experts are stacked: their biases have two axes and are vectors still."""
+    named = dict(gpt_oss(BASE).named_parameters())
+    decays = {p: group["weight_decay"] for group in make_optimizer(named, OptimizerConfig()).param_groups
+              for p in group["params"]}  # fmt: skip
+    vectors = {name for name, p in named.items() if decays[p] == 0}
+    assert vectors == {name for name in named if name.endswith(("bias", "sinks")) or "norm" in name}
+    assert any("experts" in name for name in vectors) and set(decays.values()) == {0.0, OptimizerConfig().weight_decay}
