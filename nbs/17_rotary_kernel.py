@@ -190,4 +190,5 @@ if file.exists():
             print(f"{row['name']:46} {row['ms']:6.3f} ms, {speed:4.2f} TB/s of the bytes that must move")
 
 # %% [markdown]
-# Next: the last pass of a training step, [AdamW](18_adamw_kernel.py).
+# [Rotary positions](25_rotary.py) calls it for whatever is on a GPU. Next: the last pass of a training step,
+# [AdamW](18_adamw_kernel.py).

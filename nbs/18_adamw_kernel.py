@@ -142,5 +142,5 @@ if file.exists():
         print(f"{row['name']:48} {row['ms']:5.2f} ms for {moved / 1e9:.1f} GB: {moved / row['ms'] / 1e9:.2f} TB/s")
 
 # %% [markdown]
-# Where that leaves a whole step is [measured too](86_bench_step.py). Next: the layers that the kernels serve, beginning
-# with [the router](20_router.py).
+# [The optimizer](65_optimizer.py) launches it where parameters are on a GPU, and where that leaves a whole step is
+# [measured too](86_bench_step.py). Next: the layers that the kernels serve, beginning with [the router](20_router.py).

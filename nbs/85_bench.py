@@ -86,10 +86,11 @@ def shape_for(shape: Shape, device: torch.device) -> tuple[Shape, str]:
     """The shape that is measured on this device, and a sentence on what is measured."""
     if device.type == "cuda":
         return shape, f"bf16 on {torch.cuda.get_device_name(device)}"
+    threads = f"{torch.get_num_threads()} threads"
     if shape.hidden > 512:
         shape = shape._replace(hidden=shape.hidden // 8, expert_hidden=shape.expert_hidden // 8, tokens=512)
-        return shape, "no GPU here: fp32 on the CPU, fewer tokens, all widths divided by 8"
-    return shape, "no GPU here: fp32 on the CPU"
+        return shape, f"no GPU here: fp32 on the CPU, {threads}, fewer tokens, all widths divided by 8"
+    return shape, f"no GPU here: fp32 on the CPU, {threads}"
 
 
 # %%
