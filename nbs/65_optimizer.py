@@ -101,9 +101,9 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConf
     own."""
     groups = []
     for experts in (False, True):
-        named = [(n, p) for n, p in parameters.items() if (".experts." in n) == experts]
+        alike = [p for name, p in parameters.items() if (".experts." in name) == experts]
         for matrices in (False, True):
-            chosen = [p for _, p in named if (p.dim() >= 2 + experts) == matrices]
+            chosen = [p for p in alike if (p.dim() >= 2 + experts) == matrices]
             if chosen:
                 groups.append({"params": chosen, "weight_decay": config.weight_decay if matrices else 0.0})
     by_kernel = all(p.is_cuda and runs_triton(p) for p in parameters.values())

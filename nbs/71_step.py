@@ -113,6 +113,8 @@ class Objective:
 
     def __init__(self, part: Decoder, config: Config, mesh: Mesh):
         self.part, self.config, self.mesh = part, config, mesh
+        numbers = [int(number) for number, layer in part.layers.items() if layer.router is not None]
+        self.moe_layers = torch.tensor(numbers, device=mesh.device)  # a list as index would make the host wait
 
     def begin(self, tokens: Tensor, microbatches: int) -> None:
         """Before a step of so many microbatches a rank and `tokens` targets on all ranks, an int64 scalar."""
@@ -123,8 +125,6 @@ class Objective:
         self.load = torch.zeros(layers, experts, dtype=torch.long, device=device)
         self.load_so_far = torch.zeros_like(self.load)
         self.entropy = torch.zeros(layers, device=device)
-        numbers = [int(number) for number, layer in self.part.layers.items() if layer.router is not None]
-        self.moe_layers = torch.tensor(numbers, device=device)  # here: behind the forward, the host would wait for it
 
     def __call__(self, x: None, batch: Microbatch) -> Tensor:
         """The loss of one microbatch, of a model that is all here."""

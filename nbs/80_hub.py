@@ -233,11 +233,18 @@ class OneByOne(dcp.DefaultSavePlanner):
 
 # %%
 #| export
+def refuse_taken(folder: Path) -> None:
+    """Raise UserError if `folder` is there already."""
+    if folder.exists():
+        raise UserError(f"{folder}: exists; choose another name, or delete it")
+
+
+# %%
+#| export
 @contextmanager
 def whole_or_not(folder: Path) -> Iterator[Path]:
     """A folder to write to, which gets the name `folder` at the end, or goes. UserError where that is taken."""
-    if folder.exists():
-        raise UserError(f"{folder}: exists; choose another name, or delete it")
+    refuse_taken(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -286,8 +293,7 @@ def import_model(source: Path, run: Path, report: Callable[[str], None] = print)
     """Make the run folder `run`, with its step 0, of the published model in `source`.
 
     Raises UserError, before anything is written, for a folder that is not exactly the model it says it is."""
-    if run.exists():  # at once, and not when all is read
-        raise UserError(f"{run}: exists; choose another name, or delete it")
+    refuse_taken(run)  # at once, and not when all is read
     found, config, quantised = read_config(source, run)
     stored = stored_tensors(source, tuple(quantised.get("weight_block_size") or (128, 128)))
     with torch.device("meta"):

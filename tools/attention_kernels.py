@@ -12,6 +12,7 @@ import sys
 from unittest.mock import patch
 
 import torch
+from measuring import in_turns
 
 from pithtrain.bench import median_ms
 from pithtrain.kernels import attention
@@ -61,14 +62,13 @@ def measure(case: tuple) -> dict[str, float]:
         if not attention.cudnn_fits(q, k, v, piece):
             del kernels["cuDNN"]
     turns = {name: [] for name in kernels}
-    for turn in range(4):
-        for name in list(kernels)[:: -1 if turn % 2 else 1]:
-            cudnn, module = kernels[name]
-            with (
-                patch.object(attention, "cudnn_fits", lambda *_, cudnn=cudnn: cudnn),
-                patch.object(attention, "installed_flash_attention_4", lambda module=module: module),
-            ):
-                turns[name].append(median_ms(both, q.device, 10))
+    for name in in_turns(kernels, 4):
+        cudnn, module = kernels[name]
+        with (
+            patch.object(attention, "cudnn_fits", lambda *_, cudnn=cudnn: cudnn),
+            patch.object(attention, "installed_flash_attention_4", lambda module=module: module),
+        ):
+            turns[name].append(median_ms(both, q.device, 10))
     return {name: statistics.median(ms) for name, ms in turns.items()}
 
 

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from unittest.mock import patch
 
 import torch
+from measuring import in_turns
 
 from pithtrain.bench import SHAPES, median_ms
 from pithtrain.layers import clamped_experts
@@ -33,16 +34,15 @@ if __name__ == "__main__":
         layer(tokens, ids, weights).backward(grad)
 
     turns, peak = {"kernels": [], "grouped_mm": []}, {}
-    for turn in range(4):
-        for name in list(turns)[:: -1 if turn % 2 else 1]:
-            with patch.object(clamped_experts, "kernels_take", lambda *_, name=name: name == "kernels"):
-                turns[name].append(median_ms(both, tokens.device, 20))
-                layer.zero_grad()
-                tokens.grad = weights.grad = None
-                before = torch.cuda.memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
-                both()
-                peak[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
+    for name in in_turns(turns, 4):
+        with patch.object(clamped_experts, "kernels_take", lambda *_, name=name: name == "kernels"):
+            turns[name].append(median_ms(both, tokens.device, 20))
+            layer.zero_grad()
+            tokens.grad = weights.grad = None
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            both()
+            peak[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
     result = {
         "what": "clamped experts with biases, forward and backward of one layer, kernels beside torch's grouped_mm",
         "measured": f"bf16 on {torch.cuda.get_device_name()}",

@@ -11,11 +11,11 @@ import datetime
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from measuring import graph_of
 
 from pithtrain.bench import (
     Shape,
@@ -31,19 +31,6 @@ from pithtrain.kernels.dispatch import gather_sum, plan_rows, reference_gather_s
 from pithtrain.kernels.router import route
 from pithtrain.models.stages import AtHome
 from pithtrain.parallel.expert import ExpertExchange
-
-
-def graph_of(run: Callable[[], object]) -> Callable[[], object]:
-    """A function that replays what `run` launches on the GPU."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def bench_dispatch(shape: Shape, device: torch.device, ranks: int = 8, repeats: int = 20) -> dict:

@@ -12,7 +12,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from dispatch_cost import graph_of
+from measuring import graph_of, in_turns
 
 from pithtrain.bench import median_ms
 from pithtrain.config import OptimizerConfig
@@ -58,11 +58,10 @@ if __name__ == "__main__":
         torch.manual_seed(0)
         with torch.device("cuda"):
             kernel, plain, moved = make()
-        turns = {name: kernel, f"{name}, PyTorch": plain}
-        times = {entrant: [] for entrant in turns}
-        for turn in range(6):
-            for entrant in list(turns)[:: -1 if turn % 2 else 1]:
-                times[entrant].append(median_ms(turns[entrant], torch.device("cuda"), 10))
+        entrants = {name: kernel, f"{name}, PyTorch": plain}
+        times = {entrant: [] for entrant in entrants}
+        for entrant in in_turns(entrants, 6):
+            times[entrant].append(median_ms(entrants[entrant], torch.device("cuda"), 10))
         rows += [{"name": entrant, "bytes": moved, "ms": statistics.median(ms)} for entrant, ms in times.items()]
         torch.cuda.empty_cache()
     result = {
