@@ -12,6 +12,8 @@
 
 # %%
 #| export
+from collections.abc import Iterable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -83,10 +85,44 @@ fig.tight_layout()
 fig
 
 # %% [markdown]
+# ## As many experts at a time as the cache holds
+#
+# On a CPU a run should go through the *whole* MLP while its rows are in the cache. Expert after expert does that, but
+# fine-grained experts have runs of a few dozen rows, and then the calls take longer than the arithmetic. So
+# neighbouring experts are taken together, in portions. Their products stay one for each expert; everything between
+# the products is one call for the whole portion.
+
+
+# %%
+#| export
+def portions(counts: list[int], most: int) -> Iterator[tuple[slice, slice]]:
+    """(experts, pairs) of each portion: neighbours with at most `most` pairs together, or one expert with more."""
+    first = start = stop = 0
+    for expert, count in enumerate(counts):
+        if start < stop and stop + count > start + most:
+            yield slice(first, expert), slice(start, stop)
+            first, start = expert, stop
+        stop += count
+    yield slice(first, len(counts)), slice(start, stop)
+
+
+# %%
+for experts, pairs in portions([3, 2, 9, 0, 4, 1], most=6):
+    print(f"experts {experts.start} to {experts.stop - 1}: pairs {pairs.start} to {pairs.stop - 1}")
+
+
+# %%
+#| export
+def multiply(left: Iterable[Tensor], right: Iterable[Tensor], out: Iterable[Tensor]) -> None:
+    """For each expert `out` = `left` @ `right`; a run of no pairs leaves zeros in its weights' gradient."""
+    for a, b, product in zip(left, right, out, strict=True):
+        torch.mm(a, b, out=product)
+
+
+# %% [markdown]
 # ## Forward and backward by hand
 #
-# On a CPU the best plan is to take one expert at a time through the *whole* MLP while its rows are in the
-# cache. Only the input of the activation, $h = [G x, U x]$, is kept for the backward; the rest is cheap to
+# Only the input of the activation, $h = [G x, U x]$, is kept for the backward; the rest is cheap to
 # compute again. With $a = \operatorname{silu}(g) \odot u$ and $\bar y$ the gradient of a token's output,
 #
 # $$\bar a = D^\top \bar y, \qquad \bar w = \langle \bar a, a \rangle, \qquad
@@ -105,25 +141,25 @@ class ExpertMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tokens: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        experts, top_k = gate_up.shape[0], expert_ids.shape[1]
+        experts, width = gate_up.shape[:2]
         flat = expert_ids.flatten()
-        order = torch.argsort(flat, stable=True)
-        rows = order // top_k
+        absent, *counts = torch.bincount(flat + 1, minlength=experts + 1).tolist()
+        order = torch.argsort(flat, stable=True)[absent:]  # pairs of id -1 come first
+        rows = order // expert_ids.shape[1]
         pair_weights = weights.flatten()[order, None].to(tokens.dtype)
-        # ends[0] counts the pairs of id -1: the first expert's run begins behind them.
-        ends = torch.bincount(flat + 1, minlength=experts + 1).cumsum(0).tolist()
-        pre = tokens.new_empty(len(order), gate_up.shape[1])
+        pre = tokens.new_empty(len(order), width)
         output = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
-        for expert in range(experts):
-            run = slice(ends[expert], ends[expert + 1])
-            if run.start == run.stop:
-                continue
-            torch.mm(tokens.index_select(0, rows[run]), gate_up[expert].t(), out=pre[run])
+        parts = list(portions(counts, 2**18 // width))  # 1 MiB of h in fp32
+        for some, run in parts:
+            x = tokens.index_select(0, rows[run])
+            multiply(x.split(counts[some]), gate_up[some].mT, pre[run].split(counts[some]))
             gate, up = pre[run].chunk(2, dim=-1)
             activated = F.silu(gate).mul_(up).mul_(pair_weights[run])
-            output.index_add_(0, rows[run], (activated @ down[expert].t()).float())
+            y = x  # x is not needed any more, and its memory is in the cache
+            multiply(activated.split(counts[some]), down[some].mT, y.split(counts[some]))
+            output.index_add_(0, rows[run], y.float())
         ctx.save_for_backward(tokens, order, rows, pair_weights, pre, gate_up, down)
-        ctx.ends, ctx.weights_shape, ctx.weights_dtype = ends, weights.shape, weights.dtype
+        ctx.counts, ctx.parts, ctx.weights_shape, ctx.weights_dtype = counts, parts, weights.shape, weights.dtype
         return output.to(tokens.dtype)
 
     @staticmethod
@@ -132,32 +168,34 @@ class ExpertMLP(torch.autograd.Function):
         tokens, order, rows, pair_weights, pre, gate_up, down = ctx.saved_tensors
         wants_tokens, _, wants_weights, wants_gate_up, wants_down = wanted(ctx)
         grad_tokens = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
-        grad_weights = torch.zeros(len(order), dtype=torch.float32, device=tokens.device)
-        grad_gate_up = torch.zeros_like(gate_up) if wants_gate_up else None
-        grad_down = torch.zeros_like(down) if wants_down else None
-        for expert in range(gate_up.shape[0]):
-            run = slice(ctx.ends[expert], ctx.ends[expert + 1])
-            if run.start == run.stop:
-                continue
-            x, grad_y = tokens.index_select(0, rows[run]), grad.index_select(0, rows[run])
+        grad_weights = torch.zeros(ctx.weights_shape, dtype=torch.float32, device=tokens.device)
+        grad_gate_up = torch.empty_like(gate_up) if wants_gate_up else None
+        grad_down = torch.empty_like(down) if wants_down else None
+        for some, run in ctx.parts:
+            counts = ctx.counts[some]
+            grad_y = grad.index_select(0, rows[run])
             gate, up = pre[run].chunk(2, dim=-1)
             w, silu = pair_weights[run], F.silu(gate)
             activated = silu * up
-            grad_activated = grad_y @ down[expert]
+            grad_activated = torch.empty_like(activated)
+            multiply(grad_y.split(counts), down[some], grad_activated.split(counts))
             if wants_weights:
-                grad_weights[order[run]] = torch.linalg.vecdot(grad_activated.float(), activated.float())
+                grad_weights.view(-1)[order[run]] = torch.linalg.vecdot(grad_activated.float(), activated.float())
             if wants_down:
-                torch.mm(grad_y.t(), activated.mul_(w), out=grad_down[expert])
+                multiply(grad_y.t().split(counts, 1), activated.mul_(w).split(counts), grad_down[some])
             grad_activated.mul_(w)
             grad_pre = torch.empty_like(pre[run])
             grad_gate, grad_up = grad_pre.chunk(2, dim=-1)
             torch.mul(grad_activated, silu, out=grad_up)
-            grad_gate.copy_(torch.ops.aten.silu_backward(grad_activated.mul_(up), gate))
+            torch.ops.aten.silu_backward.grad_input(grad_activated.mul_(up), gate, grad_input=grad_gate)
             if wants_gate_up:
-                torch.mm(grad_pre.t(), x, out=grad_gate_up[expert])
+                x = tokens.index_select(0, rows[run])
+                multiply(grad_pre.t().split(counts, 1), x.split(counts), grad_gate_up[some])
             if wants_tokens:
-                grad_tokens.index_add_(0, rows[run], (grad_pre @ gate_up[expert]).float())
-        grad_weights = grad_weights.view(ctx.weights_shape).to(ctx.weights_dtype)
+                grad_x = grad_y  # in its memory, as above
+                multiply(grad_pre.split(counts), gate_up[some], grad_x.split(counts))
+                grad_tokens.index_add_(0, rows[run], grad_x.float())
+        grad_weights = grad_weights.to(ctx.weights_dtype)
         return grad_tokens.to(tokens.dtype), None, grad_weights, grad_gate_up, grad_down
 
 

@@ -171,7 +171,8 @@ def run_steps(config: Config, mesh: Mesh, dtype: torch.dtype, shards: Shards, ba
         print(describe_run(config, mesh, dtype, first))
     tokens = config.train.batch_size * config.train.sequence_length
     metrics = Metrics(config, first) if first_rank else None
-    bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=not first_rank)
+    silent = not first_rank or first == steps
+    bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=silent)
     with StopRequest() as stop, bar:
         for step in range(first + 1, steps + 1):
             start = time.perf_counter()

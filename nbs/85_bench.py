@@ -86,7 +86,7 @@ def shape_for(shape: Shape, device: torch.device) -> tuple[Shape, str]:
     """The shape that is measured on this device, and a sentence on what is measured."""
     if device.type == "cuda":
         return shape, f"bf16 on {torch.cuda.get_device_name(device)}"
-    threads = f"{torch.get_num_threads()} threads"
+    threads = f"{(count := torch.get_num_threads())} thread{'s' * (count > 1)}"
     if shape.hidden > 512:
         shape = shape._replace(hidden=shape.hidden // 8, expert_hidden=shape.expert_hidden // 8, tokens=512)
         return shape, f"no GPU here: fp32 on the CPU, {threads}, fewer tokens, all widths divided by 8"
@@ -388,10 +388,10 @@ def table(result: dict) -> str:
         f"{'forward + backward':34}{'ms':>9}{'of floor':>10}{'TFLOP/s':>9}{'peak GiB':>10}{'differs':>10}",
     ]
     for row in result["rows"]:
-        peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
-        differs = "" if row["difference"] is None else f"{row['difference']:.1e}"
+        peak = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
+        differs = "-" if row["difference"] is None else f"{row['difference']:.1e}"
         lines.append(
-            f"{row['name']:34}{row['ms']:9.2f}{row['ratio_to_floor']:10.2f}{row['tflops']:9.2f}{peak:>10}{differs:>10}"
+            f"{row['name']:34}{row['ms']:9.2f}{row['ratio_to_floor']:10.2f}{row['tflops']:9.3g}{peak:>10}{differs:>10}"
         )
     return "\n".join(lines)
 

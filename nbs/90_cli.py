@@ -390,7 +390,8 @@ def make_parser() -> Parser:
     step.number("--rounds", 9, 1, "timed steps of each")
     step.json()
     block = add(benches, "moe", bench_moe_command, "one Mixture-of-Experts block, GPU or CPU")
-    block.add_argument("--shape", default="qwen3-30b-a3b", help="name of the shape (default %(default)s)")
+    shapes = "qwen3-30b-a3b, deepseek-v2-lite, gpt-oss-like or tiny"
+    block.add_argument("--shape", default="qwen3-30b-a3b", help=f"{shapes} (default %(default)s)")
     block.number("--rounds", 20, 1, "timed passes of a turn; on a GPU, 10 ms of them each")
     block.json()
 

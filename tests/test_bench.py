@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pithtrain.bench import SHAPES, bench_moe, entrants, shape_for, shape_named, skewed_ids, table
+from pithtrain.cli import main
 from pithtrain.config import UserError
 
 TINY = shape_named("tiny")._replace(tokens=64)
@@ -31,6 +32,13 @@ def test_a_full_size_shape_is_cut_down_on_a_cpu():
 def test_unknown_shape_is_one_line_with_the_known_ones():
     with pytest.raises(UserError, match=r"no shape is named 'qwen9'; known: qwen3-30b-a3b"):
         shape_named("qwen9")
+
+
+def test_help_lists_the_shapes(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "moe", "--help"])
+    told = "".join(capsys.readouterr().out.split())
+    assert all(shape.name in told for shape in SHAPES)
 
 
 @pytest.mark.parametrize("experts, top_k", [(64, 2), (32, 4)])

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pithtrain.kernels.expert_mlp import reference_expert_mlp
-from pithtrain.layers.experts import ExpertMLP, Experts
+from pithtrain.layers import experts
+from pithtrain.layers.experts import ExpertMLP, Experts, portions
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 NAMES = ("output", "tokens", "weights", "gate_up", "down")
@@ -115,7 +116,20 @@ def test_any_shape_and_any_absence(data):
     tokens, ids, weights, gate_up, down = make(T, H, E, K, D, data.draw(st.integers(0, 999)))
     absent = data.draw(st.lists(st.booleans(), min_size=T * K, max_size=T * K))
     ids = ids.masked_fill(torch.tensor(absent).view(T, K), -1)
-    compare((tokens, ids, weights, gate_up, down))
+    most = data.draw(st.integers(0, 20))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experts, "portions", lambda counts, _: portions(counts, most))
+        compare((tokens, ids, weights, gate_up, down))
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(0, 20))
+def test_portions_cover_all_experts_and_pairs(counts, most):
+    ends, expert, pair = [sum(counts[:e]) for e in range(len(counts) + 1)], 0, 0
+    for some, run in portions(counts, most):
+        assert (some.start, run.start) == (expert, pair) and run.stop == ends[some.stop] and some.stop > expert
+        assert sum(counts[some]) <= most or sum(count > 0 for count in counts[some]) == 1
+        expert, pair = some.stop, run.stop
+    assert (expert, pair) == (len(counts), sum(counts))
 
 
 def test_non_contiguous_inputs_and_upstream():
