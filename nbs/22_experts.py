@@ -119,6 +119,12 @@ def multiply(left: Iterable[Tensor], right: Iterable[Tensor], out: Iterable[Tens
         torch.mm(a, b, out=product)
 
 
+# %%
+counts, found = [3, 0, 2], torch.empty(3, 4, 6).fill_(torch.nan)
+grads, inputs = torch.randn(5, 4), torch.randn(5, 6)
+multiply(grads.t().split(counts, 1), inputs.split(counts), found)  # as the gradient of three experts' weights
+print("norms of the experts' gradients:", [round(norm, 2) for norm in found.flatten(1).norm(dim=1).tolist()])
+
 # %% [markdown]
 # ## Forward and backward by hand
 #
@@ -222,31 +228,36 @@ for ids in (expert_ids, some_absent, torch.zeros_like(expert_ids[:, :1])):
         assert (a - b).norm() <= 1e-5 * b.norm(), name
 
 # %% [markdown]
-# On this machine, at the size of the tiny model's layer (forward and backward, the best of five):
+# On this machine, forward and backward, the best of five: a layer of the tiny model, and one of fine-grained experts
+# whose runs have 32 pairs. A dense product is the ceiling.
 
 # %%
 import time
+from functools import partial
 
-torch.manual_seed(0)
-T, H, E, K, D = 2048, 256, 16, 2, 256
-tokens = torch.randn(T, H)
-gate_up, down = torch.randn(E, 2 * D, H) / H**0.5, torch.randn(E, H, D) / D**0.5
-weights, expert_ids = torch.softmax(torch.randn(T, E), dim=1).topk(K)
-flops = 18 * T * K * H * D  # three products of 2HD each, thrice: forward, input and weight gradients
-for name, function in (("reference loop", expert_mlp_reference), ("sorted, by hand", ExpertMLP.apply)):
+
+def best_of_five(run) -> float:
+    """Seconds that `run` takes."""
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        gradients(function, tokens, expert_ids, weights, gate_up, down)
+        run()
         times.append(time.perf_counter() - start)
-    print(f"{name:16} {1e3 * min(times):6.1f} ms, {flops / min(times) / 1e9:5.0f} GFLOP/s")
+    return min(times)
+
+
+torch.manual_seed(0)
 a = torch.randn(1024, 1024)
-times = []
-for _ in range(5):
-    start = time.perf_counter()
-    a @ a
-    times.append(time.perf_counter() - start)
-print(f"{'one dense product':16} {'':9} {2 * 1024**3 / min(times) / 1e9:6.0f} GFLOP/s: the ceiling")
+print(f"one dense product: {2 * 1024**3 / best_of_five(lambda: a @ a) / 1e9:.0f} GFLOP/s")
+for T, H, E, K, D in ((2048, 256, 16, 2, 256), (512, 256, 128, 8, 96)):
+    tokens = torch.randn(T, H)
+    gate_up, down = torch.randn(E, 2 * D, H) / H**0.5, torch.randn(E, H, D) / D**0.5
+    weights, expert_ids = torch.softmax(torch.randn(T, E), dim=1).topk(K)
+    print(f"\n{T} tokens, {E} experts of {D}, top_k {K}")
+    flops = 18 * T * K * H * D  # three products of 2HD each, thrice: forward, input and weight gradients
+    for name, function in (("reference loop", expert_mlp_reference), ("sorted, by hand", ExpertMLP.apply)):
+        seconds = best_of_five(partial(gradients, function, tokens, expert_ids, weights, gate_up, down))
+        print(f"{name:16} {1e3 * seconds:6.1f} ms, {flops / seconds / 1e9:5.0f} GFLOP/s")
 
 # %% [markdown]
 # ## The layer

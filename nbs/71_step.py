@@ -36,14 +36,8 @@ from pithtrain.parallel.pipeline.lower import lower
 from pithtrain.parallel.pipeline.overlap import overlapped
 from pithtrain.parallel.pipeline.schedule import split_layers
 from pithtrain.parallel.ring import Ring, zigzag
-from pithtrain.parallel.sharding import (
-    ShardedStage,
-    clip_gradients,
-    drop_gathered,
-    in_global_order,
-    shard_decoder,
-    shard_layer,
-)
+from pithtrain.parallel.sharding import ShardedStage, clip_gradients, drop_gathered
+from pithtrain.parallel.sharding import in_global_order, shard_decoder, shard_layer
 from pithtrain.train.batches import IGNORE, HeldOutBatches, TrainBatches
 from pithtrain.train.optimizer import make_optimizer
 
