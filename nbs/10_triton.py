@@ -15,8 +15,9 @@
 # | a laptop with `pip install pithtrain[kernels]` | interprets | the very same kernels, slowly, tile by tile in NumPy |
 # | neither | absent | the PyTorch reference that stands beside every kernel |
 #
-# The middle row is why kernels can be proved right without a GPU. The interpreter has to be chosen before
-# Triton is first imported, and that is all this module does beyond two checks.
+# The middle row is why kernels can be proved right without a GPU. Nor does Triton's compiler need one:
+# `tests/test_kernels_compile.py` has it take every kernel for a Hopper GPU, as it would be launched there. The
+# interpreter has to be chosen before Triton is first imported, and that is all this module does beyond two checks.
 
 # %%
 #| default_exp kernels.lang
@@ -92,20 +93,25 @@ print(f"Triton here: {HAS_TRITON}, interpreted: {INTERPRETED}, takes a CPU tenso
 
 # %%
 #| export
-def want(name: str, tensor: Tensor, shape: tuple, dtypes: tuple, device: torch.device) -> None:
-    """Raise a one-line TypeError or ValueError unless `tensor` has this shape, one of these dtypes and this device."""
+def want(name: str, tensor: Tensor, shape: tuple, dtypes: tuple, device: torch.device | None = None) -> None:
+    """Raise a one-line TypeError or ValueError unless `tensor` has one of these dtypes, this shape and this device.
+
+    A size of None may be any; without a device, any will do on which kernels run."""
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} is {tensor.dtype}; want one of {', '.join(map(str, dtypes))}")
-    if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; want {tuple(shape)}")
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}; want {device}, where the tokens are")
+    if tensor.ndim != len(shape) or any(s not in (None, own) for s, own in zip(shape, tensor.shape, strict=True)):
+        sizes = str(tuple("any" if size is None else size for size in shape)).replace("'", "")
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; want {sizes}")
+    if device is None and not runs_triton(tensor):
+        raise ValueError(f"{name} is on {tensor.device}; kernels want CUDA, or Triton's interpreter on the CPU")
+    if device not in (None, tensor.device):
+        raise ValueError(f"{name} is on {tensor.device}; want {device}, where the others are")
 
 
 # %%
-for wrong in (torch.zeros(3, 4, dtype=torch.int8), torch.zeros(4, 3)):
+for wrong in (torch.zeros(3, 4, dtype=torch.int8), torch.zeros(4), torch.zeros(3, 4, device="meta")):
     try:
-        want("gate_up", wrong, (3, 4), (torch.float32, torch.bfloat16), torch.device("cpu"))
+        want("gate_up", wrong, (None, 4), (torch.float32, torch.bfloat16))
     except (TypeError, ValueError) as error:
         print(f"{type(error).__name__}: {error}")
 

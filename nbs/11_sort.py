@@ -45,7 +45,7 @@ from pithtrain.kernels.lang import runs_triton, tl, triton, want
 class Sorted(NamedTuple):
     """Pairs (token, k) brought into expert order: T tokens, K = top_k, E experts, P rows, all int32."""
 
-    pair: Tensor  #: (P,) pair number `token * K + k` of each sorted row
+    pair: Tensor  #: (P,) pair number `token * K + k` of each sorted row; absent pairs leave the last ones unwritten
     slot: Tensor  #: (T, K) sorted row of each pair, -1 for a pair that has none
     offsets: Tensor  #: (E + 1,) expert e owns rows offsets[e] : offsets[e + 1]
     first_tile: Tensor  #: (E + 1,) expert e owns tiles first_tile[e] : first_tile[e + 1]
@@ -56,16 +56,14 @@ class Sorted(NamedTuple):
 # ## The smallest true implementation
 #
 # An id of -1 says that the pair's expert lives on another rank. Such pairs are left out: they sort behind
-# everything, and `num_pairs`, when the host knows how many are valid, keeps the buffers from being sized
-# for them.
+# everything, and have no slot.
 
 
 # %%
 #| export
-def reference_sort_pairs(expert_ids: Tensor, num_experts: int, tile_rows: int, num_pairs: int | None = None) -> Sorted:
+def reference_sort_pairs(expert_ids: Tensor, num_experts: int, tile_rows: int) -> Sorted:
     """`sort_pairs` in plain PyTorch."""
     device, flat = expert_ids.device, expert_ids.flatten().long()
-    rows = flat.numel() if num_pairs is None else num_pairs
     valid = (flat >= 0) & (flat < num_experts)
     order = torch.where(valid, flat, num_experts).argsort(stable=True)
     slot = torch.empty_like(order)
@@ -74,7 +72,7 @@ def reference_sort_pairs(expert_ids: Tensor, num_experts: int, tile_rows: int, n
     tiles = (counts + tile_rows - 1) // tile_rows
     zero = counts.new_zeros(1)
     return Sorted(
-        order[:rows].int(),
+        order.int(),
         torch.where(valid, slot, -1).view_as(expert_ids).int(),
         torch.cat([zero, counts.cumsum(0)]).int(),
         torch.cat([zero, tiles.cumsum(0)]).int(),
@@ -98,8 +96,9 @@ for name, value in reference_sort_pairs(ids, num_experts=3, tile_rows=2)._asdict
 # 3. **place**: each program finds the rank of its pairs within the chunk, by comparing them with one
 #    another, and writes both directions of the permutation.
 #
-# Bytes: 8 or 4 per id read three times, 8 per pair written; for 131,072 pairs about 2 MB, less than a
-# millisecond's thousandth at 3 TB/s. What it costs is three launches and the latency of the one-program scan.
+# Bytes for each pair: its id, 8 of them, read by *count* and again by *place* (which reads a pair's neighbours in the
+# chunk too, but from the cache), and twice 4 written. For 131,072 pairs that is 3.1 MB, a microsecond at 3 TB/s. What
+# it costs is three launches and the latency of the one-program scan.
 
 
 # %%
@@ -129,7 +128,7 @@ if runs_triton(ids):
 #| export
 @triton.jit
 def scan_kernel(
-    table_ptr, offset_ptr, first_ptr, tile_expert_ptr, chunks, experts, rows, tiles,
+    table_ptr, offset_ptr, first_ptr, tile_expert_ptr, chunks, experts, tiles,
     E: tl.constexpr, TILE_ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Turn the table of counts into the row where each (chunk, expert) starts; find the experts' tiles."""
@@ -141,12 +140,10 @@ def scan_kernel(
         counts = tl.load(at, mask=c[:, None] < chunks, other=0)
         tl.store(at, total[None, :] + tl.cumsum(counts, 0) - counts, mask=c[:, None] < chunks)
         total += tl.sum(counts, 0)
-    # a wrong num_pairs drops rows; it never writes past a buffer
-    ends = tl.minimum(tl.cumsum(total, 0), rows)
-    starts = tl.minimum(tl.cumsum(total, 0) - total, rows)
-    tl.store(offset_ptr + e, starts, mask=e < experts)
+    ends = tl.cumsum(total, 0)
+    tl.store(offset_ptr + e, ends - total, mask=e < experts)
     tl.store(offset_ptr + experts, tl.max(ends, 0))
-    own_tiles = (ends - starts + TILE_ROWS - 1) // TILE_ROWS
+    own_tiles = (total + TILE_ROWS - 1) // TILE_ROWS
     last = tl.cumsum(own_tiles, 0)
     tl.store(first_ptr + e, last - own_tiles, mask=e < experts)
     tl.store(first_ptr + experts, tl.max(last, 0))
@@ -165,7 +162,7 @@ def scan_kernel(
 #| export
 @triton.jit
 def place_kernel(
-    id_ptr, table_ptr, offset_ptr, pair_ptr, slot_ptr, pairs, experts, rows,
+    id_ptr, table_ptr, offset_ptr, pair_ptr, slot_ptr, pairs, experts,
     E: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the row of each pair of a block, and the pair of each row."""
@@ -181,32 +178,29 @@ def place_kernel(
         rank += tl.sum(before.to(tl.int32), 1)
     valid = (ids >= 0) & (ids < experts)
     row = tl.load(offset_ptr + ids, mask=valid, other=0) + tl.load(table_ptr + chunk * E + ids, mask=valid, other=0)
-    row = tl.where(valid & (row + rank < rows), row + rank, -1)
+    row = tl.where(valid, row + rank, -1)
     tl.store(slot_ptr + i, row, mask=i < pairs)
-    tl.store(pair_ptr + row, i, mask=(row >= 0) & (i < pairs))
+    tl.store(pair_ptr + row, i, mask=valid)
 
 
 # %%
 #| export
-def triton_sort_pairs(expert_ids: Tensor, num_experts: int, tile_rows: int, num_pairs: int | None = None) -> Sorted:
+def triton_sort_pairs(expert_ids: Tensor, num_experts: int, tile_rows: int) -> Sorted:
     """`sort_pairs` by the kernels above."""
-    want("expert_ids", expert_ids, expert_ids.shape[:2], (torch.int32, torch.int64), expert_ids.device)
+    want("expert_ids", expert_ids, (None, None), (torch.int32, torch.int64))
     ids = expert_ids.contiguous()
     pairs = ids.numel()
-    rows = pairs if num_pairs is None else num_pairs
     width, chunk, block = max(triton.next_power_of_2(num_experts), 16), 512, 32
-    chunks, tiles = triton.cdiv(pairs, chunk), triton.cdiv(rows, tile_rows) + num_experts
+    chunks, tiles = triton.cdiv(pairs, chunk), triton.cdiv(pairs, tile_rows) + num_experts
     new = lambda *shape: torch.empty(shape, dtype=torch.int32, device=ids.device)  # noqa: E731
     table, offsets, first_tile = new(chunks, width), new(num_experts + 1), new(num_experts + 1)
-    pair, slot, tile_expert = new(rows), new(*ids.shape), new(tiles)
+    pair, slot, tile_expert = new(pairs), new(*ids.shape), new(tiles)
     count_kernel[(chunks,)](ids, table, pairs, num_experts, width, chunk)
     step = max(16, 8192 // width)
     scan_kernel[(1,)](
-        table, offsets, first_tile, tile_expert, chunks, num_experts, rows, tiles, width, tile_rows, step, num_warps=8
+        table, offsets, first_tile, tile_expert, chunks, num_experts, tiles, width, tile_rows, step, num_warps=8
     )
-    place_kernel[(triton.cdiv(pairs, block),)](
-        ids, table, offsets, pair, slot, pairs, num_experts, rows, width, chunk, block
-    )
+    place_kernel[(triton.cdiv(pairs, block),)](ids, table, offsets, pair, slot, pairs, num_experts, width, chunk, block)
     return Sorted(pair, slot, offsets, first_tile, tile_expert)
 
 
@@ -231,14 +225,13 @@ if runs_triton(ids):
 
 # %%
 #| export
-def sort_pairs(expert_ids: Tensor, num_experts: int, tile_rows: int, num_pairs: int | None = None) -> Sorted:
+def sort_pairs(expert_ids: Tensor, num_experts: int, tile_rows: int) -> Sorted:
     """Sort the pairs of `expert_ids` (T, K) int32 or int64 by expert, stably, without host synchronisation.
 
     An id outside [0, num_experts), by custom -1, means "no expert here". Experts' rows are cut into tiles of
-    `tile_rows`.
-    `num_pairs` is the number of ids that are not -1, if the host knows it; buffers are then that long."""
+    `tile_rows`."""
     sort = triton_sort_pairs if runs_triton(expert_ids) else reference_sort_pairs
-    return sort(expert_ids, num_experts, tile_rows, num_pairs)
+    return sort(expert_ids, num_experts, tile_rows)
 
 
 # %% [markdown]

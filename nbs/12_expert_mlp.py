@@ -24,8 +24,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from pithtrain.kernels.lang import INTERPRETED, TensorDescriptor, runs_triton, tl, triton, want, wanted
+from pithtrain.kernels.lang import INTERPRETED, TensorDescriptor, tl, triton, want, wanted
 from pithtrain.kernels.sort import Sorted, sort_pairs
 
 # %% [markdown]
@@ -36,10 +37,8 @@ from pithtrain.kernels.sort import Sorted, sort_pairs
 
 # %%
 #| export
-def reference_expert_mlp(
-    tokens: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, num_pairs: int | None = None
-) -> Tensor:
-    """`expert_mlp` as a loop over experts."""
+def reference_expert_mlp(tokens: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """`triton_expert_mlp` as a loop over experts."""
     out = tokens.new_zeros(tokens.shape, dtype=torch.promote_types(tokens.dtype, torch.float32))
     for e in range(len(gate_up)):
         t, k = torch.where(expert_ids == e)
@@ -239,9 +238,9 @@ def programs_on(tensor: Tensor) -> int:
 # block size has to divide the sizes. PyTorch's own grouped product, in bf16, takes such a matrix too.
 #
 # A product costs $2PHN$ operations for $N$ columns of output ($2I$ for *up*), and a dispatch writes $2PH$ bytes that
-# gathering does not, so the larger $N$, the less it counts. In the whole block, forward and backward, in turns on one
-# H100, gathering is faster at 768 hidden units (Qwen3-30B-A3B), and dispatching at 1,408 (DeepSeek-V2-Lite), by little,
-# and more so at 2,880 (GPT-OSS). The line is drawn in between; the table at the end has each product by either way.
+# gathering does not, so the larger $N$, the less it counts. The table at the end has each product by either way, and
+# their sums: gathering is faster at 768 hidden units (Qwen3-30B-A3B), dispatching at 2,880 (GPT-OSS), and at 1,408
+# (DeepSeek-V2-Lite) they are equal. The line is drawn at 1,024.
 
 
 # %%
@@ -376,14 +375,13 @@ def up_kernel(
 # %%
 #| export
 def up_projection(
-    tokens: Tensor, gate_up: Tensor, order: Sorted, in_order: bool = False, bias: Tensor | None = None,
-    blocks: Blocks | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    tokens: Tensor, gate_up: Tensor, order: Sorted, in_order: bool = False, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """hidden (P, 2I) and activated (P, I) of every sorted row; gate_up (E, 2I, H), bias (E, 2I).
 
     `tokens` is (T, H), or (P, H) where they were put `in_order` before."""
     E, two_I, H = gate_up.shape
-    I, P, b, programs = two_I // 2, len(order.pair), blocks or blocks_for(tokens), programs_on(tokens)
+    I, P, b, programs = two_I // 2, len(order.pair), blocks_for(tokens), programs_on(tokens)
     hidden, activated = tokens.new_empty(P, two_I), tokens.new_empty(P, I)
     weights = TensorDescriptor.from_tensor(gate_up.view(E, 2, I, H), [1, 2, b.columns // 2, b.inner])
     up_kernel[(programs,)](
@@ -451,12 +449,10 @@ def product_kernel(
 
 # %%
 #| export
-def grouped_product(
-    x: Tensor, weights: Tensor, order: Sorted, transposed: bool, blocks: Blocks | None = None
-) -> Tensor:
+def grouped_product(x: Tensor, weights: Tensor, order: Sorted, transposed: bool) -> Tensor:
     """x (P, inner) in expert order times its expert's weights (E, N, inner) if transposed, else (E, inner, N)."""
     E, N, inner = weights.shape if transposed else (weights.shape[0], weights.shape[2], weights.shape[1])
-    b, programs = blocks or blocks_for(x), programs_on(x)
+    b, programs = blocks_for(x), programs_on(x)
     y = x.new_empty(len(x), N)
     box = [1, b.columns, b.inner] if transposed else [1, b.inner, b.columns]
     stages = max(b.stages - 1, 2) if inner > b.inner else 1  # Triton 3.6 cannot pipeline a loop of one round
@@ -498,7 +494,7 @@ def combine_kernel(
         slot = tl.load(slot_ptr + t * K + k).to(tl.int64)
         y = tl.load(y_ptr + slot * H + column, mask=(column < H) & (slot >= 0), other=0.0).to(tl.float32)
         if WEIGHTED:
-            y *= tl.load(weight_ptr + t * K + k)
+            y *= tl.load(weight_ptr + t * K + k, mask=slot >= 0, other=0.0)
         acc += y
         if PARTIALS > 0 and tl.program_id(1) == 0:
             total = 0.0
@@ -609,7 +605,7 @@ def activation_gradient(
     """d_hidden (P, 2I), weight * activated (P, I) and partial sums (n, P) of d_weights.
 
     `grad`, of the output, is (T, H), or (P, H) where it was put `in_order` before."""
-    (E, H, I), P, b, programs = down.shape, len(hidden), blocks or blocks_for(grad), programs_on(grad)
+    (E, H, I), P, b, programs = down.shape, len(hidden), blocks_for(grad), programs_on(grad)
     d_hidden, scaled = torch.empty_like(hidden), hidden.new_empty(P, I)
     # zeros, not empty: autograd's thread has no current CUDA context before its first ordinary launch, and building
     # a descriptor needs one
@@ -650,9 +646,10 @@ if INTERPRETED:
 # For each expert, (left rows)ᵀ (right rows), summed over its rows. One side is sorted and regular, the other is
 # gathered token by token (or both are in order, and PyTorch's grouped product does it): `d_gate_up` gathers tokens on
 # the right, `d_down` gathers `grad` on the left. Here the
-# *inner* dimension is ragged, and a gathered row past the expert's end is masked to zero, which silences
-# whatever the regular side holds there. A gathered row costs an address, so the gathered side is the narrow one
-# of the tile.
+# *inner* dimension is ragged: a last block reaches into the next expert's rows. There the gathered side is masked to
+# zero, and with it the product, as long as the numbers on the regular side are finite; a token that is not spoils the
+# gradients of two experts and not of one, in a step that is lost anyway. A gathered row costs an address, so the
+# gathered side is the narrow one of the tile.
 
 
 # %%
@@ -690,13 +687,11 @@ def weight_gradient_kernel(
 
 # %%
 #| export
-def weight_gradient(
-    rows: Tensor, per_token: Tensor, order: Sorted, gather_left: bool, dtype: torch.dtype, blocks: Blocks | None = None
-) -> Tensor:
+def weight_gradient(rows: Tensor, per_token: Tensor, order: Sorted, gather_left: bool, dtype: torch.dtype) -> Tensor:
     """Sum over each expert's rows of left^T right, one side `rows` (P, .), the other gathered from (T, .)."""
     left, right = (per_token, rows) if gather_left else (rows, per_token)
     E, (M, N), programs = len(order.offsets) - 1, (left.shape[1], right.shape[1]), programs_on(rows)
-    b = blocks or blocks_for(rows)
+    b = blocks_for(rows)
     narrow, wide = min(b.rows, b.columns), max(b.rows, b.columns)
     tall, across = (narrow, wide) if gather_left else (wide, narrow)
     out = rows.new_empty(E, M, N, dtype=dtype)
@@ -754,8 +749,8 @@ class ExpertMLP(torch.autograd.Function):
     """`triton_expert_mlp` with its gradients."""
 
     @staticmethod
-    def forward(ctx, tokens, expert_ids, weights, gate_up, down, num_pairs, bias):
-        order = sort_pairs(expert_ids, len(gate_up), blocks_for(tokens).rows, num_pairs)
+    def forward(ctx, tokens, expert_ids, weights, gate_up, down, bias):
+        order = sort_pairs(expert_ids, len(gate_up), blocks_for(tokens).rows)
         in_order = dispatch_first(tokens, down)
         ctx.dtype, gate_up, down = gate_up.dtype, gate_up.to(tokens.dtype), down.to(tokens.dtype)
         rows = dispatch(tokens, order) if in_order else tokens
@@ -766,6 +761,7 @@ class ExpertMLP(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         tokens, weights, gate_up, down, hidden, *order = ctx.saved_tensors
         order, grad = Sorted(*order), grad.contiguous()
@@ -786,29 +782,29 @@ class ExpertMLP(torch.autograd.Function):
         if any(wants_bias):  # a bias is the weight of an input that is always 1; a descriptor's rows take 16 bytes
             ones = tokens.new_ones(len(tokens), 16 // tokens.element_size())
             d_bias = weight_gradient(d_hidden, ones, order, gather_left=False, dtype=d_hidden.dtype)[..., 0]
-        return d_tokens, None, d_weights, d_gate_up, d_down, None, d_bias
+        return d_tokens, None, d_weights, d_gate_up, d_down, d_bias
 
 
 # %%
 #| export
 def triton_expert_mlp(
-    tokens: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, num_pairs: int | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """`expert_mlp` by the kernels, whatever the device; given `bias` (E, 2I), of gate and up, in the clamped form.
+    tokens: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """For each token the weighted sum over its experts of down @ (silu(gate x) * (up x)): (T, H), as `tokens`.
 
+    tokens (T, H) in float32, bfloat16 or float16; expert_ids (T, K) int32 or int64, -1 for an expert that is not on
+    this rank (contributes nothing); weights (T, K) float32; gate_up (E, 2I, H), gate rows first; down (E, H, I); both
+    as `tokens`, or float32: then they are rounded to it, and their gradients are float32, not rounded on the way
+    where rows are gathered (see `dispatch_first`). Given `bias` (E, 2I), of gate and up, the form is that of
+    layers.clamped_experts. Nothing waits for the GPU. The gradient of `weights` where the id is -1 is zero.
     Raises TypeError or ValueError, one line, on bad arguments."""
-    (T, H), (E, I, K) = tokens.shape, (gate_up.shape[0], gate_up.shape[1] // 2, expert_ids.shape[-1])
-    dtypes, device = (torch.float32, torch.bfloat16, torch.float16), tokens.device
-    if not runs_triton(tokens):
-        raise ValueError(
-            f"tokens are on {device}; the Triton expert MLP wants CUDA, or Triton's interpreter on the CPU"
-        )
-    want("tokens", tokens, (T, H), dtypes, device)
-    want("expert_ids", expert_ids, (T, K), (torch.int32, torch.int64), device)
-    want("weights", weights, (T, K), (torch.float32,), device)
-    want("gate_up", gate_up, (E, 2 * I, H), (tokens.dtype, torch.float32), device)
-    want("down", down, (E, H, I), (gate_up.dtype,), device)
+    want("tokens", tokens, (None, None), (torch.float32, torch.bfloat16, torch.float16))
+    (T, H), device = tokens.shape, tokens.device
+    want("expert_ids", expert_ids, (T, None), (torch.int32, torch.int64), device)
+    want("weights", weights, expert_ids.shape, (torch.float32,), device)
+    want("down", down, (None, H, None), (tokens.dtype, torch.float32), device)
+    E, _, I = down.shape
+    want("gate_up", gate_up, (E, 2 * I, H), (down.dtype,), device)
     if bias is not None:
         want("bias", bias, (E, 2 * I), (tokens.dtype,), device)
         bias = bias.contiguous()
@@ -817,10 +813,11 @@ def triton_expert_mlp(
             raise ValueError(
                 f"{name} {size} in {tokens.dtype} is no multiple of 16 bytes; pad it for the Triton expert MLP"
             )
-    if T == 0 or num_pairs == 0:
+    if T == 0:
         return tokens * 0 + sum(t.sum() for t in (weights, gate_up, down, bias) if t is not None) * 0
-    tensors = (t.contiguous() for t in (weights, gate_up, down))
-    return ExpertMLP.apply(tokens.contiguous(), expert_ids, *tensors, num_pairs, bias)
+    gate_up, down = (t.contiguous() for t in (gate_up, down))
+    gate_up, down = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (gate_up, down))  # as descriptors want it
+    return ExpertMLP.apply(tokens.contiguous(), expert_ids, weights.contiguous(), gate_up, down, bias)
 
 
 # %% [markdown]
@@ -845,35 +842,18 @@ if INTERPRETED:
 # %% [markdown]
 # ## Which runs when
 #
-# The device decides. Call `triton_expert_mlp` or `reference_expert_mlp` to force one.
-
-
-# %%
-#| export
-def expert_mlp(
-    tokens: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, num_pairs: int | None = None
-) -> Tensor:
-    """For each token the weighted sum over its experts of down @ (silu(gate x) * (up x)): (T, H), as `tokens`.
-
-    tokens (T, H) in float32, bfloat16 or float16; expert_ids (T, K) int32 or int64, -1 for an expert that is not on
-    this rank (contributes nothing); weights (T, K) float32; gate_up (E, 2I, H), gate rows first; down (E, H, I); both
-    as `tokens`, or float32: then they are rounded to it, and their gradients are float32, not rounded on the way
-    where rows are gathered (see `dispatch_first`).
-    `num_pairs` is the number of ids that are not -1, if the host knows it: buffers are then that long instead
-    of T * K. Nothing waits for the GPU. The gradient of `weights` where the id is -1 is zero."""
-    run = triton_expert_mlp if tokens.is_cuda and runs_triton(tokens) else reference_expert_mlp
-    return run(tokens, expert_ids, weights, gate_up, down, num_pairs)
-
-
-# %% [markdown]
+# [The layer](22_experts.py) decides: these kernels on a GPU, expert by expert on a CPU. Calling `triton_expert_mlp` or
+# `reference_expert_mlp` forces one.
+#
 # ## Where the time goes
 #
 # Each product alone, on an H100 (`tools/expert_products.py`), beside PyTorch's grouped product of the same size. Ours
 # do more: *up* applies SwiGLU, and *d activated* SwiGLU's gradient and the router weights'. *Gathering* finds its rows
 # token by token, *in order* reads rows that `dispatch` wrote; three dispatches come with it. Of rows in order
-# `grouped_mm` itself makes the weight gradients, hence no figure there. What order speeds up is *up* and most weight
-# gradients, not *d activated*. Each stands for one product in its own steady state; in the whole block the card's clock
-# is another.
+# `grouped_mm` itself makes the weight gradients, hence no figure there. The last line adds up what depends on the way,
+# with those and the dispatches. What order speeds up is *up* and most weight gradients, not *d activated*. Each stands
+# for one product in its own steady state, on the day that is given, a day before tiles went in bands; in the whole
+# block the card's clock is another.
 
 # %%
 import json
@@ -888,6 +868,9 @@ if home:
         for row in rows:
             times = (row[way] for way in ("grouped_mm", "gathering", "in_order"))
             print(f"  {row['product']:16}" + "".join(f"{ms:12.2f}" if ms else " " * 12 for ms in times))
+        by_token = [row for row in rows if row["gathering"]]
+        ordered = sum(row["in_order"] or row["grouped_mm"] for row in by_token) + 3 * rows[-1]["in_order"]
+        print(f"  {'the way to rows':28}{sum(row['gathering'] for row in by_token):12.2f}{ordered:12.2f}")
 
 # %% [markdown]
 # What was tried and lost:

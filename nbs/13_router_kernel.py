@@ -6,7 +6,8 @@
 # The router's arithmetic is small: $T \times E \times H$ multiply-adds, a fraction of a percent of what the
 # experts do. What it costs is traffic and launches. In plain PyTorch the $(T, E)$ table of logits is written
 # and read by a product, a cast, a softmax, a top-k, a gather, a sum, a division and a count. Here a program
-# holds the logits of 64 tokens for *all* experts in registers, and writes each result once:
+# holds the logits of 64 tokens (16 in fp32, or of more than 256 experts) for *all* experts in registers, and writes
+# each result once:
 #
 # ```
 # hidden (64, H) ─┐
@@ -15,6 +16,16 @@
 #                                                       │        └─▶ expert_ids, weights (T, K)
 #                                                       └─▶ counts (E,): how many tokens chose each expert
 # ```
+#
+# In bytes, for 16,384 tokens of Qwen3-30B-A3B ($H = 2048$, $E = 128$, $K = 8$) in bf16:
+
+# %%
+T, H, E, K = 16384, 2048, 128, 8
+once = {"hidden, read": 2 * T * H, "probs, written": 4 * T * E, "ids and weights, written": (8 + 4) * T * K}
+for name, size in once.items():
+    print(f"{name:26} {size / 1e6:5.1f} MB")
+print(f"together {sum(once.values()) / 3e12 * 1e6:.0f} microseconds at 3 TB/s; every further pass over a table of")
+print(f"fp32 scores would add {2 * 4 * T * E / 3e12 * 1e6:.0f} to read it and write another, and a launch")
 
 # %%
 #| default_exp kernels.router
@@ -25,8 +36,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from pithtrain.kernels.lang import INTERPRETED, runs_triton, tl, triton, want, wanted
+from pithtrain.kernels.lang import INTERPRETED, tl, triton, want, wanted
 
 # %% [markdown]
 # ## The maths
@@ -37,8 +49,8 @@ from pithtrain.kernels.lang import INTERPRETED, runs_triton, tl, triton, want, w
 #   \text{or} \quad w_e = \lambda\, p_e .$$
 #
 # $b$ is a bias that steers the choice to keep experts equally busy (DeepSeek-V3, arXiv 2412.19437); it has no
-# part in the weights and gets no gradient. Logits are summed and kept in fp32, whatever the inputs: experts
-# that differ in the fourth digit must not tie.
+# part in the weights and gets no gradient. $\lambda$, `scale`, is a constant of the model. Logits are summed and
+# kept in fp32, whatever the inputs: experts that differ in the fourth digit must not tie.
 
 
 # %%
@@ -58,7 +70,7 @@ def reference_route(
     hidden: Tensor, router_weight: Tensor, top_k: int, bias: Tensor | None = None,
     renormalise: bool = True, sigmoid: bool = False, scale: float = 1.0,
 ) -> Routing:  # fmt: skip
-    """`route` in plain PyTorch, in fp32 or, for float64 inputs, in float64."""
+    """`triton_route` in plain PyTorch, in fp32 or, for float64 inputs, in float64."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     logits = hidden.to(wide) @ router_weight.to(wide).T
     probs = logits.sigmoid() if sigmoid else logits.softmax(-1)
@@ -96,10 +108,16 @@ def route_kernel(
     BIASED: tl.constexpr, RENORMALISE: tl.constexpr, SIGMOID: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Route BT tokens; WIDTH and KW are E and K rounded up to powers of two."""
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    first = tl.program_id(0).to(tl.int64) * BT
+    x_ptr += first * H
+    prob_ptr += first * E
+    weights_ptr += first * K
+    id_ptr += first * K
+    T -= first.to(tl.int32)
+    t = tl.arange(0, BT)
     e = tl.arange(0, WIDTH)
     k = tl.arange(0, BK)
-    x_ptr += t.to(tl.int64)[:, None] * H + k[None, :]
+    x_ptr += t[:, None] * H + k[None, :]
     weight_ptr += e[None, :] * H + k[:, None]
     logits = tl.zeros([BT, WIDTH], tl.float32)
     for start in range(0, H, BK):
@@ -116,8 +134,8 @@ def route_kernel(
         probs = probs / tl.sum(probs, 1)[:, None]
     tl.store(prob_ptr + t[:, None] * E + e[None, :], probs, mask=(t[:, None] < T) & (e[None, :] < E))
     left = probs
-    if BIASED:
-        left += tl.load(bias_ptr + e, mask=e < E, other=0.0)[None, :]
+    if BIASED:  # a bias of minus infinity must not look like an expert that was struck out
+        left = tl.maximum(left + tl.load(bias_ptr + e, mask=e < E, other=0.0)[None, :], -1e38)
     left = tl.where(e[None, :] < E, left, float("-inf"))
     j = tl.arange(0, KW)
     ids = tl.zeros([BT, KW], tl.int32)
@@ -160,7 +178,13 @@ def route_gradient_kernel(
     DENSE: tl.constexpr, RENORMALISE: tl.constexpr, SIGMOID: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """d_logits (T, E) from the gradients of weights (T, K) and, if DENSE, of probs (T, E)."""
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    first = tl.program_id(0).to(tl.int64) * BT
+    prob_ptr += first * E
+    d_logit_ptr += first * E
+    id_ptr += first * K
+    d_weights_ptr += first * K
+    T -= first.to(tl.int32)
+    t = tl.arange(0, BT)
     e = tl.arange(0, WIDTH)
     at = t[:, None] * E + e[None, :]
     mask = (t[:, None] < T) & (e[None, :] < E)
@@ -178,6 +202,7 @@ def route_gradient_kernel(
         mean = tl.sum(d_chosen * chosen, 1)[:, None] / total
         d_chosen = tl.where(chosen > 0.0, (d_chosen - mean) / total, 0.0)
     if DENSE:
+        d_prob_ptr += first * E
         d_chosen += tl.load(d_prob_ptr + at, mask=mask, other=0.0)
     if SIGMOID:
         d_logits = d_chosen * probs * (1.0 - probs)
@@ -217,6 +242,7 @@ class Route(torch.autograd.Function):
         return weights, expert_ids, probs, counts
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_weights, _ids, d_probs, _counts):
         hidden, router_weight, expert_ids, probs = ctx.saved_tensors
         renormalise, sigmoid, scale = ctx.rule
@@ -242,13 +268,17 @@ def triton_route(
     hidden: Tensor, router_weight: Tensor, top_k: int, bias: Tensor | None = None,
     renormalise: bool = True, sigmoid: bool = False, scale: float = 1.0,
 ) -> Routing:  # fmt: skip
-    """`route` by the kernels, whatever the device. Raises TypeError or ValueError, one line, on bad arguments."""
-    (T, H), E, device = hidden.shape, len(router_weight), hidden.device
+    """Route `hidden` (T, H) by `router_weight` (E, H), each in float32, bfloat16 or float16.
+
+    Scores are the softmax over experts, or the sigmoid; `bias` (E,) float32 is added for the choice alone. The
+    weights are the chosen scores, divided by their sum if `renormalise`, times `scale`. Differentiable once, in
+    `hidden` and `router_weight`, through `weights` and `probs`. Raises TypeError or ValueError, one line, on bad
+    arguments."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    if not runs_triton(hidden):
-        raise ValueError(f"hidden is on {device}; the Triton router wants CUDA, or Triton's interpreter on the CPU")
-    want("hidden", hidden, (T, H), dtypes, device)
-    want("router_weight", router_weight, (E, H), dtypes, device)
+    want("hidden", hidden, (None, None), dtypes)
+    (T, H), device = hidden.shape, hidden.device
+    want("router_weight", router_weight, (None, H), dtypes, device)
+    E = len(router_weight)
     if bias is not None:
         want("bias", bias, (E,), (torch.float32,), device)
         bias = bias.contiguous()
@@ -288,25 +318,8 @@ if INTERPRETED:
                 assert error < 1e-5
 
 # %% [markdown]
-# ## Which runs when
-
-
-# %%
-#| export
-def route(
-    hidden: Tensor, router_weight: Tensor, top_k: int, bias: Tensor | None = None,
-    renormalise: bool = True, sigmoid: bool = False, scale: float = 1.0,
-) -> Routing:  # fmt: skip
-    """Route `hidden` (T, H) by `router_weight` (E, H): the kernels on CUDA, the reference elsewhere.
-
-    Scores are the softmax over experts, or the sigmoid; `bias` (E,) float32 is added for the choice alone. The
-    weights are the chosen scores, divided by their sum if `renormalise`, times `scale`. Differentiable in
-    `hidden` and `router_weight` through `weights` and `probs`."""
-    run = triton_route if hidden.is_cuda and runs_triton(hidden) else reference_route
-    return run(hidden, router_weight, top_k, bias, renormalise, sigmoid, scale)
-
-
-# %% [markdown]
+# Which runs when: [the layer](20_router.py) decides.
+#
 # What the selection bias does: raise one expert's bias and watch tokens move to it, while the weights of the
 # tokens it had before stay what they were.
 
@@ -314,7 +327,7 @@ def route(
 import matplotlib.pyplot as plt
 
 lifts = torch.linspace(0, 0.4, 21)
-loads = torch.stack([route(hidden, router_weight, 2, bias=torch.eye(6)[0] * lift).counts for lift in lifts])
+loads = torch.stack([reference_route(hidden, router_weight, 2, torch.eye(6)[0] * lift).counts for lift in lifts])
 fig, ax = plt.subplots(figsize=(6, 3))
 ax.stackplot(lifts, loads.T, labels=[f"expert {e}" for e in range(6)], alpha=0.7)
 ax.set(title="Load against the bias of expert 0", xlabel="bias of expert 0", ylabel="(token, expert) pairs")

@@ -35,7 +35,8 @@ from pithtrain.kernels.lang import runs_triton, tl, triton, want
 # $$L = \log \sum_v e^{\ell_v} - \ell_y, \qquad
 #   \frac{\partial L}{\partial \ell_v} = \frac{e^{\ell_v}}{\sum_j e^{\ell_j}} - [v = y].$$
 #
-# A target of -100 marks a row that does not count. The smallest true implementation, which serves the CPU too:
+# A target of -100 marks a row that does not count; any other that is no word is a mistake, which PyTorch refuses and
+# the kernel, which cannot stop, answers with a loss of NaN. The smallest true implementation, which serves the CPU too:
 
 
 # %%
@@ -84,16 +85,18 @@ def cross_entropy_kernel(logit_ptr, target_ptr, loss_ptr, V, GRADIENT: tl.conste
     row = tl.program_id(0).to(tl.int64)
     logit_ptr += row * V
     target = tl.load(target_ptr + row).to(tl.int32)
-    counts = (target >= 0) & (target < V)
+    counts = target != -100
+    known = (target >= 0) & (target < V)
     top = float("-inf")
     total = 0.0
     for start in range(0, V, BV):
         v = start + tl.arange(0, BV)
         x = tl.load(logit_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(top, tl.max(x, 0))
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), 0)
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing yet but minus infinity
+        total = total * tl.exp(top - base) + tl.sum(tl.exp(x - base), 0)
         top = higher
-    own = tl.load(logit_ptr + target, mask=counts, other=0.0).to(tl.float32)
+    own = tl.load(logit_ptr + target, mask=known, other=float("nan")).to(tl.float32)
     tl.store(loss_ptr + row, tl.where(counts, tl.log(total) + (top - own), 0.0))
     if GRADIENT:
         scale = tl.where(counts, 1.0 / total, 0.0)
@@ -112,10 +115,8 @@ def cross_entropy_kernel(logit_ptr, target_ptr, loss_ptr, V, GRADIENT: tl.conste
 #| export
 def triton_row_losses(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     """`row_losses` by the kernel. Raises TypeError or ValueError, one line, on bad arguments."""
+    want("logits", logits, (None, None), (torch.float32, torch.bfloat16, torch.float16))
     T, V = logits.shape
-    if not runs_triton(logits):
-        raise ValueError(f"logits are on {logits.device}; the kernel wants CUDA, or Triton's interpreter on the CPU")
-    want("logits", logits, (T, V), (torch.float32, torch.bfloat16, torch.float16), logits.device)
     want("targets", targets, (T,), (torch.int32, torch.int64), logits.device)
     if not (logits.is_contiguous() and targets.is_contiguous()):
         raise ValueError("logits and targets must be contiguous: logits are overwritten where they are")
@@ -139,7 +140,8 @@ def row_losses(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     """Losses (T,) in nats of `logits` (T, V), which, if `gradient`, are overwritten with the gradient of their sum.
 
     targets (T,) integers in [0, V), -100 for a row that does not count. fp32 arithmetic, whatever the logits' dtype."""
-    run = triton_row_losses if logits.is_cuda and logits.dtype != torch.float64 else reference_row_losses
+    by_kernel = logits.is_cuda and runs_triton(logits) and logits.dtype != torch.float64
+    run = triton_row_losses if by_kernel else reference_row_losses
     return run(logits, targets, gradient)
 
 
@@ -147,4 +149,4 @@ def row_losses(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
 assert torch.equal(row_losses(logits, targets, gradient=False), losses)
 
 # %% [markdown]
-# Next: [the layers](20_router.py) that these kernels serve.
+# Next: softmax attention [in pieces](15_attention_pieces.py).

@@ -152,8 +152,8 @@ def rows_kernel(
 #| export
 def triton_plan_rows(expert_ids: Tensor, experts_per_rank: int, ranks: int, block: int = 64) -> Plan:
     """`plan_rows` by the kernels, whatever the device, in blocks of `block` tokens."""
+    want("expert_ids", expert_ids, (None, None), (torch.int32, torch.int64))
     T, K = expert_ids.shape
-    want("expert_ids", expert_ids, (T, K), (torch.int32, torch.int64), expert_ids.device)
     new = lambda *shape, dtype=torch.int64: torch.empty(shape, dtype=dtype, device=expert_ids.device)  # noqa: E731
     longest = T * min(K, ranks)
     plan = Plan(new(ranks), new(T, ranks, dtype=torch.int32), new(longest), new(longest, K))
@@ -265,9 +265,9 @@ def gather_sum_kernel(
 #| export
 def triton_gather_sum(values: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
     """`gather_sum` by the kernel, whatever the device; `rows` is not read."""
+    want("values", values, (None, None), (torch.float32, torch.bfloat16, torch.float16))
+    want("slots", slots, (None, None), (torch.int32,), values.device)
     (T, ranks), H = slots.shape, values.shape[1]
-    want("values", values, values.shape[:2], (torch.float32, torch.bfloat16, torch.float16), values.device)
-    want("slots", slots, (T, ranks), (torch.int32,), values.device)
     out = values.new_empty(T, H)
     if out.numel():
         columns = min(1024, triton.next_power_of_2(H))

@@ -140,12 +140,10 @@ def triton_rotate(x: Tensor, cos: Tensor, sin: Tensor, neighbours: bool = False)
 
     `cos` and `sin` (S, D / 2) or (B, S, D / 2) are fp32. Differentiable once, in `x` alone. Raises TypeError or
     ValueError, one line, on bad arguments."""
-    if not runs_triton(x):
-        raise ValueError(f"x is on {x.device}; the kernel wants CUDA, or Triton's interpreter on the CPU")
+    want("x", x, (None, None, None, None), (torch.float32, torch.bfloat16, torch.float16))
     batch, sequence, _, head_dim = x.shape
     if head_dim % 2:
         raise ValueError(f"x has heads of {head_dim} features; want an even number, they turn in pairs")
-    want("x", x, x.shape, (torch.float32, torch.bfloat16, torch.float16), x.device)
     shape = (sequence, head_dim // 2) if cos.dim() == 2 else (batch, sequence, head_dim // 2)
     for name, table in (("cos", cos), ("sin", sin)):
         want(name, table, shape, (torch.float32,), x.device)

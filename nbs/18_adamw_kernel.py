@@ -42,14 +42,15 @@ from pithtrain.kernels.lang import runs_triton, tl, triton, want
 # What depends on the step alone is computed before the kernel starts, on the host and in float64: in $1 - \beta_2^n$
 # with $\beta_2 = 0.999$ and $n = 1$ three digits cancel. The kernel gets `keep` $= 1 - \eta\lambda$, `move`
 # $= \eta / (1 - \beta_1^n)$, `root` $= 1 / \sqrt{1 - \beta_2^n}$, and `new1` and `new2`, $1 - \beta_1$ and
-# $1 - \beta_2$; `mean` and `square` are $m$ and $v$.
+# $1 - \beta_2$; `mean` and `square` are $m$ and $v$. Where $\beta_1 < 1/2$, the same $m$ is written
+# $g / c + \beta_1 (m - g / c)$: the small one of the two steps is the one that is rounded.
 
 
 # %%
 #| export
 @triton.jit
 def adamw_kernel(
-    w_ptr, g_ptr, mean_ptr, square_ptr, scale_ptr, numbers, keep, move, root, new1, beta2, new2, eps,
+    w_ptr, g_ptr, mean_ptr, square_ptr, scale_ptr, numbers, keep, move, root, beta1, new1, beta2, new2, eps,
     CLIPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A step on BLOCK of so many numbers; the gradient is divided by the scalar at scale_ptr if CLIPPED."""
@@ -61,7 +62,7 @@ def adamw_kernel(
     mean = tl.load(mean_ptr + i, mask=mask, other=0.0)
     square = tl.load(square_ptr + i, mask=mask, other=0.0)
     w = tl.load(w_ptr + i, mask=mask, other=0.0)
-    mean += new1 * (g - mean)
+    mean = tl.where(beta1 < 0.5, g + beta1 * (mean - g), mean + new1 * (g - mean))
     square = beta2 * square + new2 * g * g
     w = keep * w - move * mean / (tl.sqrt(square) * root + eps)
     tl.store(w_ptr + i, w, mask=mask)
@@ -83,8 +84,7 @@ def triton_adamw(
 
     `grad` may be fp32, bf16 or fp16; it is divided by `scale`, a fp32 scalar, and stays as it is. Raises TypeError or
     ValueError, one line, on bad arguments. Source: arXiv 1711.05101."""
-    if not runs_triton(weight):
-        raise ValueError(f"weight is on {weight.device}; the kernel wants CUDA, or Triton's interpreter on the CPU")
+    want("weight", weight, weight.shape, (torch.float32,))
     for name, tensor in (("weight", weight), ("mean", mean), ("square", square)):
         want(name, tensor, weight.shape, (torch.float32,), weight.device)
         if not tensor.is_contiguous():
@@ -95,8 +95,8 @@ def triton_adamw(
     if numbers := weight.numel():
         adamw_kernel[(triton.cdiv(numbers, 1024),)](
             weight, grad.contiguous(), mean, square, scale, numbers,
-            1 - rate * decay, rate / (1 - beta1**step), (1 - beta2**step) ** -0.5, 1 - beta1, beta2, 1 - beta2, eps,
-            scale is not None, 1024,
+            1 - rate * decay, rate / (1 - beta1**step), (1 - beta2**step) ** -0.5,
+            beta1, 1 - beta1, beta2, 1 - beta2, eps, scale is not None, 1024,
         )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
-"""Failures name the notebook to open; `gpu` tests skip without CUDA; CI draws the same random cases each time."""
+"""Failures name the notebook to open; `gpu` tests skip without CUDA; kernels meet fresh numbers and poisoned memory."""
 
 import os
+import secrets
 
 import pytest
 from hypothesis import settings
@@ -18,6 +19,24 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     if report.failed and call.excinfo is not None and (found := notebook_of(call.excinfo.tb)):
         report.sections.append((f"notebook: {found}", ""))
     return report
+
+
+@pytest.fixture(autouse=True)
+def kernels_meet_fresh_numbers_and_poisoned_memory(request: pytest.FixtureRequest):
+    """In test_kernels_*.py: a new seed for each test, which a failure shows, or that of SEED; NaN in new memory.
+
+    Tests marked `gpu` are not poisoned, since what poisons also changes which of torch's kernels run."""
+    if not request.path.name.startswith("test_kernels_"):
+        yield
+        return
+    import torch
+
+    seed = int(os.environ.get("SEED") or secrets.randbits(32))
+    print(f"to see these numbers again: SEED={seed}")
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(request.node.get_closest_marker("gpu") is None, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

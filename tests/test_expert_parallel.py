@@ -125,7 +125,7 @@ def test_experts_that_cannot_be_shared_are_refused(results):
 
 @pytest.mark.gpu
 def test_gpu_a_group_of_one_equals_home_and_waits_once(monkeypatch):
-    from pithtrain.kernels.expert_mlp import expert_mlp
+    from pithtrain.kernels.expert_mlp import triton_expert_mlp
     from pithtrain.parallel import expert
 
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0))
@@ -139,7 +139,7 @@ def test_gpu_a_group_of_one_equals_home_and_waits_once(monkeypatch):
             leaves = [t.detach().requires_grad_() for t in (x, weights, gate_up, down)]
             routed = Routed(leaves[1], ids, weights.new_zeros(1000, 8))
             arrived, journey = exchange.dispatch(leaves[0], routed, exchange.announce(routed))
-            output = expert_mlp(arrived.tokens, arrived.expert_ids, arrived.weights, *leaves[2:])
+            output = triton_expert_mlp(arrived.tokens, arrived.expert_ids, arrived.weights, *leaves[2:])
             output = exchange.combine(output, journey)
             return [output.detach(), *torch.autograd.grad(output, leaves, upstream)]
 

@@ -57,8 +57,27 @@ def test_large_logits_do_not_overflow(run):
     torch.testing.assert_close(losses.cpu(), torch.tensor(8.0).log().expand(3), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("run", RUNS)
+def test_words_that_cannot_be(run):
+    """The first block of the kernel holds minus infinity alone."""
+    logits = torch.randn(4, 5000, device=DEVICE)
+    logits[:, :4500] = -torch.inf
+    targets = torch.randint(4500, 5000, (4,), device=DEVICE)
+    true = F.cross_entropy(logits.double(), targets, reduction="none")
+    torch.testing.assert_close(run(logits, targets, True).double(), true, rtol=1e-5, atol=0)
+    assert logits.isfinite().all() and not logits[:, :4500].any()
+
+
+@pytest.mark.parametrize("wrong", [-1, 8, 2**31])
+def test_a_target_that_is_no_word_has_no_loss(wrong):
+    losses = triton_row_losses(torch.zeros(3, 8, device=DEVICE), torch.tensor([1, wrong, -100], device=DEVICE), True)
+    assert losses.isnan().tolist() == [False, True, False] and losses[2] == 0
+
+
 def test_wrong_arguments_are_named():
     logits, targets = torch.zeros(3, 8, device=DEVICE), torch.zeros(3, device=DEVICE)
+    with pytest.raises(ValueError, match=r"logits has shape \(3, 8, 1\); want \(any, any\)"):
+        triton_row_losses(logits.unsqueeze(2), targets.long(), True)
     with pytest.raises(TypeError, match=r"targets is torch.float32"):
         triton_row_losses(logits, targets, True)
     with pytest.raises(ValueError, match=r"targets has shape \(2,\); want \(3,\)"):

@@ -18,15 +18,15 @@ importlib.util.find_spec = lambda name, *rest: None if name == "triton" else fin
 import torch
 from pithtrain.kernels import lang
 from pithtrain.kernels.cross_entropy import row_losses
-from pithtrain.kernels.expert_mlp import expert_mlp, triton_expert_mlp
-from pithtrain.kernels.router import route
+from pithtrain.kernels.expert_mlp import reference_expert_mlp, triton_expert_mlp
+from pithtrain.kernels.router import reference_route
 from pithtrain.kernels.sort import sort_pairs
 
 assert not lang.HAS_TRITON and "triton" not in sys.modules
 x = torch.randn(6, 8)
-routing = route(x, torch.randn(4, 8), 2)
+routing = reference_route(x, torch.randn(4, 8), 2)
 args = x, routing.expert_ids, routing.weights, torch.randn(4, 8, 8), torch.randn(4, 8, 4)
-assert expert_mlp(*args).shape == (6, 8)
+assert reference_expert_mlp(*args).shape == (6, 8)
 assert sort_pairs(routing.expert_ids, 4, 2).pair.shape == (12,)
 assert row_losses(x, torch.arange(6), True).shape == (6,)
 try:
@@ -39,7 +39,7 @@ except ValueError as error:
 def test_without_triton():
     done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "tokens are on cpu" in done.stdout
+    assert "tokens is on cpu; kernels want CUDA" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,7 @@ def test_without_triton():
     [
         (torch.zeros(2, dtype=torch.int8), "down is torch.int8; want one of torch.float32"),
         (torch.zeros(3), r"down has shape \(3,\); want \(2,\)"),
+        (torch.zeros(2, 1), r"down has shape \(2, 1\); want \(2,\)"),
         (torch.zeros(2, device="meta"), "down is on meta; want cpu"),
     ],
 )

@@ -14,12 +14,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """What a kernel forgets to write is NaN."""
-    monkeypatch.setattr(torch, "empty", lambda *shape, **how: torch.full(*shape, float("nan"), **how))
-
-
 def turn(x, cos, sin, neighbours):
     """The definition: pairs as complex numbers, in float64."""
     x = x.double()

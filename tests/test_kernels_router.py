@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pithtrain.kernels import lang
-from pithtrain.kernels.router import reference_route, route, triton_route
+from pithtrain.kernels.router import reference_route, triton_route
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
@@ -77,6 +77,21 @@ def test_nan_names_only_experts_that_exist():
     assert int(got.expert_ids.min()) >= 0 and int(got.expert_ids.max()) < 6
 
 
+def test_a_bias_of_minus_infinity_closes_an_expert():
+    x, r, bias = torch.randn(20, 16, device=DEVICE), torch.randn(6, 16, device=DEVICE), torch.zeros(6, device=DEVICE)
+    bias[5] = -torch.inf
+    got, true = (run(x, r, 3, bias=bias) for run in (triton_route, reference_route))
+    assert torch.equal(got.expert_ids, true.expert_ids) and torch.equal(got.counts, true.counts)
+    assert got.counts[5] == 0
+
+
+def test_differentiating_twice_is_refused():
+    x, r = torch.randn(5, 16, device=DEVICE, requires_grad=True), torch.randn(6, 16, device=DEVICE)
+    (d_x,) = torch.autograd.grad(triton_route(x, r, 2).weights.square().sum(), [x], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        d_x.sum().backward()
+
+
 def test_no_tokens():
     assert triton_route(torch.zeros(0, 16, device=DEVICE), torch.ones(6, 16, device=DEVICE), 3).weights.shape == (0, 3)
 
@@ -85,8 +100,9 @@ def test_no_tokens():
     "x, r, k, message",
     [
         (torch.zeros(4, 16, dtype=torch.int32), torch.zeros(6, 16), 2, "hidden is torch.int32"),
-        (torch.zeros(4, 16), torch.zeros(6, 8), 2, r"router_weight has shape \(6, 8\); want \(6, 16\)"),
+        (torch.zeros(4, 16), torch.zeros(6, 8), 2, r"router_weight has shape \(6, 8\); want \(any, 16\)"),
         (torch.zeros(4, 16), torch.zeros(6, 16), 7, "top_k is 7; want 1 to 6"),
+        (torch.zeros(4, 1, 16), torch.zeros(6, 16), 2, r"hidden has shape \(4, 1, 16\); want \(any, any\)"),
     ],
 )
 def test_wrong_arguments_are_named(x, r, k, message):
@@ -98,7 +114,7 @@ def test_wrong_arguments_are_named(x, r, k, message):
 @pytest.mark.parametrize("H, E, K", [(2048, 128, 8), (2880, 32, 4), (1024, 384, 8)])
 def test_gpu_shapes(H, E, K):
     x, r = torch.randn(3000, H, device=DEVICE).bfloat16(), (torch.randn(E, H, device=DEVICE) / H**0.5).bfloat16()
-    got, true = route(x, r, K), reference_route(x.double(), r.double(), K)
+    got, true = triton_route(x, r, K), reference_route(x.double(), r.double(), K)
     assert (got.expert_ids == true.expert_ids).float().mean() > 0.999  # fp32 and fp64 may differ on a near tie
     assert error(got.probs, true.probs) < 1e-5
     assert torch.equal(got.counts.long(), torch.bincount(got.expert_ids.flatten(), minlength=E))

@@ -28,7 +28,7 @@ from pithtrain.bench import (
     shape_named,
 )  # fmt: skip
 from pithtrain.kernels.dispatch import gather_sum, plan_rows, reference_gather_sum, reference_plan_rows
-from pithtrain.kernels.router import route
+from pithtrain.kernels.router import triton_route
 from pithtrain.models.stages import AtHome
 from pithtrain.parallel.expert import ExpertExchange
 
@@ -42,7 +42,7 @@ def bench_dispatch(shape: Shape, device: torch.device, ranks: int = 8, repeats: 
     problem, cuda = make_problem(shape, device), device.type == "cuda"
     T, H, K = shape.tokens, shape.hidden, shape.top_k
     with torch.no_grad():
-        ids = route(problem.tokens, problem.router, K).expert_ids
+        ids = triton_route(problem.tokens, problem.router, K).expert_ids
     own = shape.experts // ranks
     plan, true = plan_rows(ids, own, ranks), reference_plan_rows(ids, own, ranks)
     P, rows, slots = len(true.rows), true.rows, plan.slots

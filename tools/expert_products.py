@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pithtrain.bench import SHAPES, Shape, make_problem, median_ms
 from pithtrain.kernels import expert_mlp as mlp
 from pithtrain.kernels.lang import triton
-from pithtrain.kernels.router import route
+from pithtrain.kernels.router import triton_route
 from pithtrain.kernels.sort import sort_pairs
 
 
@@ -22,7 +22,7 @@ from pithtrain.kernels.sort import sort_pairs
 def products(shape: Shape, device: torch.device) -> list[dict]:
     """Rows of product, and median ms of each way to do it; None where there is no such way."""
     p = make_problem(shape, device)
-    weights, ids, *_ = route(p.tokens, p.router, shape.top_k)
+    weights, ids, *_ = triton_route(p.tokens, p.router, shape.top_k)
     order = sort_pairs(ids, shape.experts, mlp.blocks_for(p.tokens).rows)
     ends, rows, grad = order.offsets[1:], mlp.dispatch(p.tokens, order), mlp.dispatch(p.grad, order)
     hidden, activated = mlp.up_projection(rows, p.gate_up, order, in_order=True)
