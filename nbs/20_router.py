@@ -111,11 +111,23 @@ class Routed(NamedTuple):
     weights: Tensor  #: (T, K) fp32, what each chosen expert's output is multiplied by
     expert_ids: Tensor  #: (T, K) int64, the chosen experts, best first
     probs: Tensor  #: (T, E) fp32, the router's probabilities, for balance losses
+    load: Tensor  #: (E,) integers, how many tokens chose each expert
 
 
 # %%
 #| export
 TINY = 1e-20  # far below the rounding of any sum that is not zero
+
+
+def shares(scores: Tensor) -> Tensor:
+    """`scores` divided by their sum over the last axis."""
+    return scores / (scores.sum(dim=-1, keepdim=True) + TINY)
+
+
+def expert_load(expert_ids: Tensor, experts: int) -> Tensor:
+    """How often each of so many experts is named, (experts,) int64."""
+    chosen = expert_ids.flatten()
+    return torch.zeros(experts, dtype=torch.long, device=chosen.device).scatter_add_(0, chosen, torch.ones_like(chosen))
 
 
 # %%
@@ -132,10 +144,10 @@ def route(
     scores = logits.sigmoid() if sigmoid else logits.softmax(dim=-1)
     expert_ids = choose_in_groups(scores.detach() + bias, top_k, groups, top_groups, best=2 if sigmoid else 1)
     weights = scores.gather(1, expert_ids)
-    if renormalise:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + TINY)
-    probs = scores / (scores.sum(dim=-1, keepdim=True) + TINY) if sigmoid else scores
-    return Routed(weights * scale, expert_ids, probs)
+    weights = shares(weights) if renormalise else weights
+    return Routed(
+        weights * scale, expert_ids, shares(scores) if sigmoid else scores, expert_load(expert_ids, len(weight))
+    )
 
 
 # %%
@@ -144,6 +156,7 @@ for i, token in enumerate(tokens):
     chosen, weights = route_one(token, router, top_k=2)
     assert routed.expert_ids[i].tolist() == chosen
     torch.testing.assert_close(routed.weights[i], torch.tensor(weights))
+print("load:", routed.load.tolist())
 
 # %% [markdown]
 # ## What the router sees
@@ -172,9 +185,9 @@ fig
 #
 # The bias is a buffer, not a parameter: no gradient reaches it. It is saved with the model, because
 # leaving it out would route a resumed run differently. On a GPU [one kernel](13_router_kernel.py) does all of
-# `route`, unless scores are sigmoids or experts stand in groups. It multiplies numbers of one dtype, so the weight is
-# rounded to that of the tokens, as all others are; products are added up, and everything after them is computed, in
-# float32 all the same.
+# `route`, unless experts stand in groups. There the weight is rounded to the dtype of the tokens, as all others are, so
+# that tensor cores multiply, 64 tokens at a time; a few tokens whose last expert is nearly tied choose another one
+# than they would unrounded. Products are added up, and everything after them is computed, in float32 all the same.
 
 
 # %%
@@ -195,11 +208,18 @@ class Router(nn.Module):
     def forward(self, tokens: Tensor) -> Routed:
         """Route `tokens` (T, hidden)."""
         on_gpu = tokens.is_cuda and runs_triton(tokens) and tokens.dtype != torch.float64
-        if on_gpu and self.groups == 1 and not self.sigmoid:
-            weight = self.weight.to(tokens.dtype)
-            return Routed(*triton_route(tokens, weight, self.top_k, self.bias, self.renormalise, scale=self.scale)[:3])
+        if on_gpu and self.groups == 1:
+            return self.by_kernel(tokens)
         scoring, groups = (self.renormalise, self.sigmoid, self.scale), (self.groups, self.top_groups)
         return route(tokens, self.weight, self.bias, self.top_k, *scoring, *groups)
+
+    def by_kernel(self, tokens: Tensor) -> Routed:
+        """`forward` by the kernel, for experts in one group; `load` is int32."""
+        scoring = (self.renormalise, self.sigmoid, self.scale)
+        found = triton_route(tokens, self.weight.to(tokens.dtype), self.top_k, self.bias, *scoring)
+        return Routed(
+            found.weights, found.expert_ids, shares(found.probs) if self.sigmoid else found.probs, found.counts
+        )
 
 
 # %% [markdown]

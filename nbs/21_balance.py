@@ -21,8 +21,8 @@ from pithtrain.layers.router import Routed
 # %% [markdown]
 # ## Load
 #
-# The *load* of an expert is the number of (token, expert) pairs that it gets. Everything else follows
-# from it, so it is counted once, for each sequence apart; the sum over sequences is that of the whole.
+# The *load* of an expert is the number of (token, expert) pairs that it gets. The router counts it over all the tokens
+# that it sees; where each sequence is to be balanced, it is counted for each of them apart.
 
 
 # %%
@@ -109,29 +109,31 @@ print("global over four microbatches:", switch_loss(probs[:16], load.sum(dim=0))
 
 # %%
 #| export
-def balance_loss(routing: list[Routed], load: Tensor, load_so_far: Tensor, coefficients: BalanceConfig) -> Tensor:
+def balance_loss(
+    routing: list[Routed], load: Tensor | None, load_so_far: Tensor, coefficients: BalanceConfig
+) -> Tensor:
     """The weighted sum of the three forms for one microbatch, a scalar: the sum over layers.
 
-    `routing` has an entry a layer; `load` (layers, sequences, E) is that of each sequence of the microbatch,
-    `load_so_far` (layers, E) that of the whole step up to and with this microbatch. A rank that holds only
-    part of the tokens gives the loads of all of them, and gets its part of the loss. Sources: arXiv 2101.03961,
-    2412.19437 (over sequences), 2501.11873 (over the global batch)."""
-    total = torch.zeros((), device=load.device)
-    for routed, own, step_load in zip(routing, load, load_so_far, strict=True):
+    `routing` has an entry a layer; `load` (layers, sequences, E) is that of each sequence of the microbatch, None where
+    the coefficients of the first two forms are 0; `load_so_far` (layers, E) is that of the whole step up to and with
+    this microbatch. A rank that holds only part of the tokens gives the loads of all of them, and gets its part of the
+    loss. Sources: arXiv 2101.03961, 2412.19437 (over sequences), 2501.11873 (over the global batch)."""
+    total = torch.zeros((), device=load_so_far.device)
+    for layer, (routed, step_load) in enumerate(zip(routing, load_so_far, strict=True)):
         if coefficients.micro_batch:
-            total = total + coefficients.micro_batch * switch_loss(routed.probs, own.sum(dim=0))
+            total = total + coefficients.micro_batch * switch_loss(routed.probs, load[layer].sum(dim=0))
         if coefficients.sequence:
-            total = total + coefficients.sequence * switch_loss(routed.probs.unflatten(0, (len(own), -1)), own)
+            by_sequence = routed.probs.unflatten(0, (len(load[layer]), -1))
+            total = total + coefficients.sequence * switch_loss(by_sequence, load[layer])
         if coefficients.global_batch:
             total = total + coefficients.global_batch * switch_loss(routed.probs, step_load)
     return total
 
 
 # %%
-routed = Routed(probs, ids, probs)
-load = load[None]
+routed, together = Routed(probs, ids, probs, load.sum(dim=0)), load.sum(dim=0, keepdim=True)
 for coefficients in (BalanceConfig(sequence=0.01, global_batch=0.0), BalanceConfig(global_batch=0.01)):
-    print(coefficients, round(balance_loss([routed], load, load.sum(dim=1), coefficients).item(), 4))
+    print(coefficients, round(balance_loss([routed], load[None], together, coefficients).item(), 4))
 
 # %% [markdown]
 # ## Without a loss
@@ -170,7 +172,7 @@ history = []
 for _ in range(150):
     tokens = torch.randn(1024, 16)
     tokens[:, 0] = 1.0
-    load = sequence_load(route(tokens, weight, bias, 2, True).expert_ids, 1, experts)[0]
+    load = route(tokens, weight, bias, 2, True).load
     history.append(load / load.sum() * experts)
     update_bias(bias, load, rate=0.003)
 fig, ax = plt.subplots(figsize=(6.5, 3.5))

@@ -172,7 +172,8 @@ class Toy(Layer):
     def attend(self, hidden, sequences, cache=None):
         tokens = hidden.flatten(0, 1)
         expert_ids = torch.tensor([[0, 1], [1, 2], [2, 3]])
-        return hidden, tokens, Routed(torch.full((3, 2), 0.5), expert_ids, torch.full((3, 4), 0.25))
+        weights, probs, load = torch.full((3, 2), 0.5), torch.full((3, 4), 0.25), torch.tensor([1, 2, 2, 1])
+        return hidden, tokens, Routed(weights, expert_ids, probs, load)
 
     def experts(self, tokens, expert_ids, weights):
         return tokens * (weights * expert_ids).sum(dim=1, keepdim=True)

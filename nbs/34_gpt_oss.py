@@ -25,7 +25,7 @@ from pithtrain.layers.clamped_experts import ClampedExperts
 from pithtrain.layers.linear import Linear
 from pithtrain.layers.norm import RMSNorm
 from pithtrain.layers.rotary import Yarn, rotate, yarn_magnitude, yarn_table
-from pithtrain.layers.router import Routed
+from pithtrain.layers.router import Routed, expert_load
 from pithtrain.models.decoder import Decoder
 from pithtrain.models.stages import Layer, Place
 
@@ -168,7 +168,8 @@ class TopKSoftmaxRouter(nn.Module):
         """Route `tokens` (T, hidden), in fp32. `Routed.probs` is the softmax over all experts."""
         scores = F.linear(tokens.float(), self.weight.float(), self.score_bias.float())
         expert_ids = torch.topk(scores.detach() + self.bias, self.top_k, dim=-1).indices
-        return Routed(scores.gather(1, expert_ids).softmax(dim=-1), expert_ids, scores.softmax(dim=-1))
+        weights, load = scores.gather(1, expert_ids).softmax(dim=-1), expert_load(expert_ids, scores.shape[1])
+        return Routed(weights, expert_ids, scores.softmax(dim=-1), load)
 
 
 # %%

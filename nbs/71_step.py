@@ -139,15 +139,15 @@ class Objective:
         routing = [routed for routed in routing if routed is not None]
         if not routing:
             return self.losses.new_zeros(())
-        wanted = self.config.balance
-        own = torch.stack([sequence_load(r.expert_ids, sequences, r.probs.shape[1]) for r in routing])
-        seen = own.sum(dim=1)
+        wanted, seen, own = self.config.balance, torch.stack([r.load for r in routing]), None
         self.load[self.moe_layers] += seen
         self.entropy[self.moe_layers] += torch.stack([routing_entropy(r.probs) for r in routing]) * self.balance_share
         if wanted.global_batch and self.mesh.token_group:
             dist.all_reduce(seen, group=self.mesh.token_group)
-        if (wanted.sequence or wanted.micro_batch) and self.mesh.cp_group:
-            dist.all_reduce(own, group=self.mesh.cp_group)
+        if wanted.sequence or wanted.micro_batch:
+            own = torch.stack([sequence_load(r.expert_ids, sequences, r.probs.shape[1]) for r in routing])
+            if self.mesh.cp_group:
+                dist.all_reduce(own, group=self.mesh.cp_group)
         self.load_so_far[self.moe_layers] += seen
         return balance_loss(routing, own, self.load_so_far[self.moe_layers], wanted) * self.balance_share
 

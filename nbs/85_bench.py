@@ -30,11 +30,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pithtrain.config import UserError
-from pithtrain.kernels.expert_mlp import expert_mlp
 from pithtrain.kernels.lang import triton
-from pithtrain.kernels.router import route
-from pithtrain.layers.experts import ExpertMLP
-from pithtrain.layers.router import Routed
+from pithtrain.layers.experts import Experts
+from pithtrain.layers.router import Router
 from pithtrain.models.stages import AtHome, Exchange
 
 # %% [markdown]
@@ -137,15 +135,20 @@ Block = Callable[[Tensor], Tensor]
 
 
 def pithtrain_block(problem: Problem, expert_ids: Tensor | None = None, exchange: Exchange = AtHome()) -> Block:
-    """Our block, experts by the kernels on CUDA; `expert_ids` (T, K) in place of the router's, tokens by `exchange`."""
-    mlp = expert_mlp if problem.tokens.is_cuda else ExpertMLP.apply
+    """Our layers around the problem's weights; `expert_ids` (T, K) in place of the router's, tokens by `exchange`."""
+    shape = problem.shape
+    with torch.device("meta"):
+        router = Router(shape.hidden, shape.experts, shape.top_k, renormalise=True)
+        experts = Experts(shape.hidden, shape.experts, shape.expert_hidden)
+    router.weight, router.bias = problem.router, torch.zeros(shape.experts, device=problem.router.device)
+    experts.gate_up, experts.down = problem.gate_up, problem.down
 
     def block(tokens: Tensor) -> Tensor:
-        weights, ids, probs, _ = route(tokens, problem.router, problem.shape.top_k)
-        routed = Routed(weights, ids if expert_ids is None else expert_ids, probs)
+        routed = router(tokens)
+        if expert_ids is not None:
+            routed = routed._replace(expert_ids=expert_ids)
         arrived, journey = exchange.dispatch(tokens, routed, exchange.announce(routed))
-        outputs = mlp(arrived.tokens, arrived.expert_ids, arrived.weights, problem.gate_up, problem.down)
-        return exchange.combine(outputs, journey)
+        return exchange.combine(experts(arrived.tokens, arrived.expert_ids, arrived.weights), journey)
 
     return block
 
@@ -212,6 +215,38 @@ def transformers_block(problem: Problem) -> Block:
 
 
 # %% [markdown]
+# TorchTitan, whose experts are in bf16 wherever they run, and whose gate and up are two matrices: copies of ours.
+
+
+# %%
+#| export
+def torchtitan_block(problem: Problem) -> Block:
+    """TorchTitan's block around the problem's weights."""
+    from torchtitan.models.common.linear import Linear
+    from torchtitan.models.common.moe import GroupedExperts, MoE, RoutedExperts, TokenChoiceTopKRouter
+    from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
+
+    H, I, E, K = problem.shape[1:5]  # noqa: E741
+    gate = Linear.Config(in_features=H, out_features=E)
+    router = TokenChoiceTopKRouter.Config(num_experts=E, gate=gate, top_k=K, score_func="softmax", route_norm=True)
+    inner = GroupedExperts.Config(dim=H, hidden_dim=I, num_experts=E)
+    routed = RoutedExperts.Config(
+        inner_experts=inner, token_dispatcher=LocalTokenDispatcher.Config(num_experts=E, top_k=K)
+    )
+    with problem.tokens.device:
+        module = MoE.Config(num_experts=E, routed_experts=routed, router=router, load_balance_coeff=None).build()
+    experts, (w1, w3) = module.routed_experts.inner_experts, problem.gate_up.detach().chunk(2, dim=1)
+    module.router.gate.weight, experts.w2_EDF = problem.router, problem.down
+    experts.w1_EFD, experts.w3_EFD = (torch.nn.Parameter(w.clone()) for w in (w1, w3))
+
+    def block(tokens: Tensor) -> Tensor:
+        experts.w1_EFD.grad = experts.w3_EFD.grad = None
+        return module(tokens[None])[0]
+
+    return block
+
+
+# %% [markdown]
 # Real routers are not uniform. The same block with a Zipf-like load, expert $r$ drawn in proportion to $r^{-s}$ and
 # $s$ such that the hottest expert gets eight times the mean (or every token, if that is less), shows what uneven
 # experts cost. The weights still come from the router, so that it is differentiated too.
@@ -239,10 +274,11 @@ print("loads over the mean:", [f"{n:.1f}" for n in (load / load.float().mean()).
 # %%
 #| export
 def entrants() -> dict[str, Callable[[Problem], Block]]:
-    """How to build the block for a problem, for everything that can be imported here, ours first."""
+    """How to build the block for a problem, ours first, and all others of these that can be imported here."""
     found = {"pithtrain": pithtrain_block, "torch": torch_block}
-    if importlib.util.find_spec("transformers") is not None:
-        found["transformers"] = transformers_block
+    for package, build in (("transformers", transformers_block), ("torchtitan", torchtitan_block)):
+        if importlib.util.find_spec(package) is not None:
+            found[package] = build
     return found
 
 
@@ -263,7 +299,7 @@ def floor_products(problem: Problem) -> Callable[[], None]:
     """A function that does the six grouped products of a forward and a backward pass and nothing else."""
     shape = problem.shape
     with torch.no_grad():
-        ids = route(problem.tokens, problem.router, shape.top_k).expert_ids.flatten()
+        ids = F.linear(problem.tokens, problem.router).topk(shape.top_k).indices.flatten()
         order = ids.argsort(stable=True) // shape.top_k
         ends = torch.bincount(ids, minlength=shape.experts).cumsum(0).int()
         tokens, grad = problem.tokens[order], problem.grad[order]
@@ -359,14 +395,14 @@ def bench_moe(
     rows = []
     for name in runs:
         ms = statistics.median(turn[name] for turn in turns)
-        to_floor = statistics.median(turn[name] / turn["floor: grouped products alone"] for turn in turns)
         row = {"name": name, "ms": ms, "turns_ms": [turn[name] for turn in turns]}
-        row |= {"ratio_to_floor": to_floor, "tflops": tflop / ms * 1e3, "peak_gib": None, "difference": None}
+        floor = statistics.median(turn["floor: grouped products alone"] for turn in turns)
+        row |= {"ratio_to_floor": ms / floor, "tflops": tflop / ms * 1e3, "peak_gib": None, "difference": None}
         if name in blocks:
             row["peak_gib"] = peak_gib(blocks[name], problem)
             row["difference"] = ((outputs[name] - ours).norm() / ours.norm()).item()
         rows.append(row)
-    packages = ["torch", "triton", "transformers"]
+    packages = ["torch", "triton", "transformers", "torchtitan"]
     result = {
         "what": "forward and backward of a MoE block: router, dispatch, experts, combine",
         "measured": measured,
@@ -401,7 +437,8 @@ import json
 
 result = bench_moe(SHAPES[-1], torch.device("cpu"), entrants(), repeats=3)
 assert json.loads(json.dumps(result)) == result
-assert all(row["difference"] is None or row["difference"] < 1e-5 for row in result["rows"])
+for row in result["rows"]:
+    assert row["difference"] is None or row["difference"] < (2e-2 if row["name"] == "torchtitan" else 1e-5)
 
 # %% [markdown]
 # *differs* is the relative difference of the output from ours. In bf16 it is some 5e-2 on random inputs: others

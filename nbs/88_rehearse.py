@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pithtrain.config import Config, UserError
-from pithtrain.layers.router import Routed
+from pithtrain.layers.router import Routed, expert_load
 from pithtrain.models.stages import Arrived
 from pithtrain.parallel.expert import Announced, ExpertExchange, Journey
 from pithtrain.parallel.mesh import check_axes, fit_axes, make_mesh
@@ -66,7 +66,7 @@ class Rehearsal(NamedTuple):
 def route_evenly(router: nn.Module, arguments: tuple[Tensor], routed: Routed) -> Routed:
     """Behind a router that has done its work: sends its tokens to experts drawn at random."""
     drawn = torch.rand_like(routed.probs).topk(routed.expert_ids.shape[1]).indices
-    return routed._replace(expert_ids=drawn)
+    return routed._replace(expert_ids=drawn, load=expert_load(drawn, routed.probs.shape[1]))
 
 
 # %%

@@ -9,24 +9,21 @@ from hypothesis import strategies as st
 
 from pithtrain.config import BalanceConfig
 from pithtrain.layers.balance import balance_loss, routing_entropy, sequence_load, switch_loss, update_bias
-from pithtrain.layers.router import Routed, route
+from pithtrain.layers.router import Routed, expert_load, route
 
 
 def routing(T, E, K, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     probs = torch.softmax(2 * torch.randn(T, E, generator=generator, dtype=dtype), dim=1)
-    return Routed(probs.topk(K).values, probs.topk(K).indices, probs)
-
-
-def expert_load(expert_ids, experts):
-    return sequence_load(expert_ids, 1, experts)[0]
+    weights, expert_ids = probs.topk(K)
+    return Routed(weights, expert_ids, probs, expert_load(expert_ids, E))
 
 
 def sequence_loss(probs, expert_ids, sequences):
     """The sequence form alone, as the trainer asks for it."""
     load = sequence_load(expert_ids, sequences, probs.shape[-1])[None]
     coefficients = BalanceConfig(sequence=1.0, global_batch=0.0)
-    return balance_loss([Routed(probs, expert_ids, probs)], load, load.sum(dim=1), coefficients)
+    return balance_loss([Routed(probs, expert_ids, probs, load.sum(dim=1))], load, load.sum(dim=1), coefficients)
 
 
 def naive_load(expert_ids, experts):
@@ -185,7 +182,7 @@ def test_global_form_over_a_step_of_specialised_microbatches():
         p.scatter_(1, i, 0.5)
     loads = [expert_load(i, 4) for i in ids]
     one = BalanceConfig(global_batch=1.0)
-    routed = [Routed(p, i, p) for p, i in zip(probs, ids, strict=True)]
+    routed = [Routed(p, i, p, load) for p, i, load in zip(probs, ids, loads, strict=True)]
     assert balance_loss([routed[0]], loads[0][None, None], loads[0][None], one).item() == pytest.approx(2.0)
     assert balance_loss([routed[1]], loads[1][None, None], sum(loads)[None], one).item() == pytest.approx(1.0)
     micro = BalanceConfig(micro_batch=1.0, global_batch=0.0)

@@ -60,7 +60,7 @@ def compare(group, own=4, top_k=3, hidden=16, tokens=lambda rank: 12, only=lambd
         """Output and gradients for the tokens `here` and the experts `held`."""
         given = (x[here], weights[here], gate_up[held], down[held])
         x_, w_, g_, d_ = (t.to(dtype).clone().requires_grad_() for t in given)
-        routed = Routed(w_, ids[here], probs[here])
+        routed = Routed(w_, ids[here], probs[here], probs.new_zeros(0))
         arrived, journey = exchange.dispatch(x_, routed, exchange.announce(routed))
         output = exchange.combine(mlp(arrived.tokens, arrived.expert_ids, arrived.weights, g_, d_), journey)
         grads = torch.autograd.grad(output, (x_, w_, g_, d_), upstream[here].to(dtype))
@@ -137,7 +137,7 @@ def test_gpu_a_group_of_one_equals_home_and_waits_once(monkeypatch):
 
         def run(exchange):
             leaves = [t.detach().requires_grad_() for t in (x, weights, gate_up, down)]
-            routed = Routed(leaves[1], ids, weights.new_zeros(1000, 8))
+            routed = Routed(leaves[1], ids, weights.new_zeros(1000, 8), weights.new_zeros(8))
             arrived, journey = exchange.dispatch(leaves[0], routed, exchange.announce(routed))
             output = triton_expert_mlp(arrived.tokens, arrived.expert_ids, arrived.weights, *leaves[2:])
             output = exchange.combine(output, journey)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pithtrain.kernels import lang
 from pithtrain.layers.router import Router, choose_in_groups, route
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -184,6 +185,27 @@ def test_layer_routes_saves_its_bias_and_makes_no_gradient_without_grad():
     assert routed.weights.requires_grad and routed.probs.requires_grad
     with torch.no_grad():
         assert not any(t.requires_grad for t in layer(tokens))
+
+
+@pytest.mark.skipif(not lang.HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.skipif(not lang.INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize("sigmoid", [True, False])
+def test_the_kernel_routes_as_the_layer_does_without_it(sigmoid, renormalise):
+    tokens, weight = example()
+    layer = Router(16, 8, 3, renormalise, sigmoid, scale=2.5)
+    layer.weight.data.copy_(weight)
+    layer.bias.copy_(torch.randn(8) / 8)
+    seeds = torch.randn(20, 3), torch.randn(20, 8)
+    grads = []
+    for routed in (layer(tokens), layer.by_kernel(tokens)):
+        (grad,) = torch.autograd.grad((routed.weights, routed.probs), layer.weight, seeds)
+        grads.append((routed, grad))
+    (plain, plain_grad), (kernel, kernel_grad) = grads
+    assert torch.equal(plain.expert_ids, kernel.expert_ids) and torch.equal(plain.load, kernel.load.long())
+    assert plain.load.sum() == 60
+    for a, b in ((plain.weights, kernel.weights), (plain.probs, kernel.probs), (plain_grad, kernel_grad)):
+        torch.testing.assert_close(a, b)
 
 
 def test_chosen_probabilities_that_underflow_weigh_nothing():

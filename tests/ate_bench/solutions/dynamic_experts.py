@@ -47,7 +47,7 @@ class DynamicExperts(nn.Module):
         weights = (1 + soft - soft.detach()) / chosen.sum(1, keepdim=True).clamp_min(1)
         expert_ids = torch.arange(len(w)).expand_as(soft).where(chosen, -1)
         auxiliary = (w @ w.t() - torch.eye(len(w))).norm() + w.norm(dim=1).mean()
-        return Routed(weights, expert_ids, chosen.float()), chosen.float(), auxiliary
+        return Routed(weights, expert_ids, chosen.float(), chosen.sum(0)), chosen.float(), auxiliary
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         routed, gates, auxiliary = self.route(tokens)

@@ -44,7 +44,7 @@ class ZeroExpertsLayer(nn.Module):
         eta = torch.full_like(probs[0], ETA)
         eta[: self.ffn] = 1.0
         balance = (eta * chosen.mean(0) * probs.mean(0)).sum()
-        return logits, Routed(weights, expert_ids, probs), balance
+        return logits, Routed(weights, expert_ids, probs, chosen.sum(0)), balance
 
     def mix(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         output = self.experts(tokens, expert_ids.where(expert_ids < self.ffn, -1), weights)
