@@ -633,5 +633,6 @@ if home:
 fig
 
 # %% [markdown]
-# Next: the [attention layer](26_attention.py), which chooses between this and torch's own attention, and the
-# [ring](42_ring_attention.py), which uses it for keys that live elsewhere.
+# The [attention layer](26_attention.py) chooses between this and torch's own attention, and the
+# [ring](42_ring_attention.py) uses it for keys that live elsewhere. Next: tokens whose experts do,
+# [row by row](16_dispatch_kernel.py).
