@@ -62,7 +62,7 @@ class Sorted(NamedTuple):
 # %%
 #| export
 def reference_sort_pairs(expert_ids: Tensor, num_experts: int, tile_rows: int) -> Sorted:
-    """`sort_pairs` in plain PyTorch."""
+    """`sort_pairs` in plain PyTorch, which waits for the GPU."""
     device, flat = expert_ids.device, expert_ids.flatten().long()
     valid = (flat >= 0) & (flat < num_experts)
     order = torch.where(valid, flat, num_experts).argsort(stable=True)
@@ -185,8 +185,11 @@ def place_kernel(
 
 # %%
 #| export
-def triton_sort_pairs(expert_ids: Tensor, num_experts: int, tile_rows: int) -> Sorted:
-    """`sort_pairs` by the kernels above."""
+def sort_pairs(expert_ids: Tensor, num_experts: int, tile_rows: int) -> Sorted:
+    """Sort the pairs of `expert_ids` (T, K) int32 or int64 by expert, stably, without host synchronisation.
+
+    An id outside [0, num_experts), by custom -1, means "no expert here". Experts' rows are cut into tiles of
+    `tile_rows`. Raises TypeError or ValueError, one line, on bad arguments."""
     want("expert_ids", expert_ids, (None, None), (torch.int32, torch.int64))
     ids = expert_ids.contiguous()
     pairs = ids.numel()
@@ -206,7 +209,7 @@ def triton_sort_pairs(expert_ids: Tensor, num_experts: int, tile_rows: int) -> S
 
 # %%
 def agree(ids, experts, tile_rows):
-    got, true = triton_sort_pairs(ids, experts, tile_rows), reference_sort_pairs(ids, experts, tile_rows)
+    got, true = sort_pairs(ids, experts, tile_rows), reference_sort_pairs(ids, experts, tile_rows)
     valid, tiles = int(true.offsets[-1]), len(true.tile_expert)
     assert torch.equal(got.pair[:valid], true.pair[:valid]) and torch.equal(got.slot, true.slot)
     assert torch.equal(got.offsets, true.offsets) and torch.equal(got.first_tile, true.first_tile)
@@ -218,23 +221,6 @@ if runs_triton(ids):
     agree(torch.randint(-1, 20, (317, 3)), 20, 16)
 
 # %% [markdown]
-# ## Which runs when
-#
-# On a GPU, or on any device under the interpreter, the kernels; anywhere else the reference.
-
-
-# %%
-#| export
-def sort_pairs(expert_ids: Tensor, num_experts: int, tile_rows: int) -> Sorted:
-    """Sort the pairs of `expert_ids` (T, K) int32 or int64 by expert, stably, without host synchronisation.
-
-    An id outside [0, num_experts), by custom -1, means "no expert here". Experts' rows are cut into tiles of
-    `tile_rows`."""
-    sort = triton_sort_pairs if runs_triton(expert_ids) else reference_sort_pairs
-    return sort(expert_ids, num_experts, tile_rows)
-
-
-# %% [markdown]
 # What it does to memory access, drawn: rows of the sorted buffer against the token they come from. Left, the
 # order in which pairs are born; right, sorted. Each step is an expert, and within it tokens still ascend.
 
@@ -243,7 +229,7 @@ import matplotlib.pyplot as plt
 
 torch.manual_seed(0)
 many = torch.rand(200, 8).topk(2).indices
-done = sort_pairs(many, 8, 16)
+done = reference_sort_pairs(many, 8, 16)
 fig, axes = plt.subplots(1, 2, figsize=(8, 3), sharey=True)
 axes[0].scatter(range(400), torch.arange(400) // 2, c=many.flatten(), s=6, cmap="tab10")
 axes[1].scatter(range(400), done.pair // 2, c=many.flatten()[done.pair.long()], s=6, cmap="tab10")

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(not lang.HAS_TRITON, reason="Triton is not insta
 
 
 def compare(ids, experts, tile_rows):
-    got = sort.triton_sort_pairs(ids, experts, tile_rows)
+    got = sort.sort_pairs(ids, experts, tile_rows)
     true = sort.reference_sort_pairs(ids, experts, tile_rows)
     valid, tiles = int(true.offsets[-1]), len(true.tile_expert)
     assert torch.equal(got.offsets, true.offsets)
@@ -46,8 +46,8 @@ def test_non_contiguous():
 
 def test_wrong_dtype_is_named():
     with pytest.raises(TypeError, match=r"expert_ids is torch.float32"):
-        sort.triton_sort_pairs(torch.zeros(3, 2, device=DEVICE), 4, 16)
+        sort.sort_pairs(torch.zeros(3, 2, device=DEVICE), 4, 16)
     with pytest.raises(ValueError, match=r"expert_ids has shape \(6,\); want \(any, any\)"):
-        sort.triton_sort_pairs(torch.zeros(6, dtype=torch.int64, device=DEVICE), 4, 16)
+        sort.sort_pairs(torch.zeros(6, dtype=torch.int64, device=DEVICE), 4, 16)
     with pytest.raises(ValueError, match=r"expert_ids is on meta; kernels want CUDA"):
-        sort.triton_sort_pairs(torch.zeros(3, 2, dtype=torch.int64, device="meta"), 4, 16)
+        sort.sort_pairs(torch.zeros(3, 2, dtype=torch.int64, device="meta"), 4, 16)
