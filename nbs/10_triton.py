@@ -17,7 +17,7 @@
 #
 # The middle row is why kernels can be proved right without a GPU. Nor does Triton's compiler need one:
 # `tests/test_kernels_compile.py` has it take every kernel for a Hopper GPU, as it would be launched there. The
-# interpreter has to be chosen before Triton is first imported, and that is all this module does beyond two checks.
+# interpreter has to be chosen before Triton is first imported, which is why every kernel file imports this one.
 
 # %%
 #| default_exp kernels.lang
@@ -131,7 +131,7 @@ def wanted(ctx: torch.autograd.function.FunctionCtx) -> list[bool]:
     def visited(node: torch.autograd.graph.Node | None) -> bool:
         try:
             return node is not None and torch._C._will_engine_execute_node(node)
-        except RuntimeError:  # torch cannot tell for a leaf that torch.autograd.grad was asked for; so it was
+        except RuntimeError:  # raised only for a leaf that torch.autograd.grad was asked for: it is wanted
             return True
 
     return [visited(node) for node, _ in ctx.next_functions]
@@ -141,12 +141,14 @@ def wanted(ctx: torch.autograd.function.FunctionCtx) -> list[bool]:
 class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
         return a * b
 
     @staticmethod
     def backward(ctx, grad):
-        print("wanted:", wanted(ctx))
-        return grad, grad
+        a, b = ctx.saved_tensors
+        print("needs_input_grad:", ctx.needs_input_grad, "wanted:", wanted(ctx))
+        return grad * b, grad * a
 
 
 a, b = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)

@@ -24,8 +24,8 @@
 # host wait until the GPU is idle, then the GPU waits for the host. So every size the host needs is an upper
 # bound it knows already, and kernels read the true counts from memory.
 #
-# A grouped matrix product then walks over *tiles* of `BM` rows that never straddle two experts. There are at
-# most $\lceil TK/BM \rceil + E$ of them, so the sort also writes which expert each tile belongs to.
+# A grouped matrix product then walks over *tiles* of $B$ rows (`tile_rows`) that never straddle two experts. There are
+# at most $\lceil TK/B \rceil + E$ of them, for $E$ experts, so the sort also writes which expert each tile belongs to.
 
 # %%
 #| default_exp kernels.sort
@@ -93,11 +93,11 @@ for name, value in reference_sort_pairs(ids, num_experts=3, tile_rows=2)._asdict
 # 1. **count**: each program makes the histogram of its chunk, a row of a (chunks, E) table.
 # 2. **scan**: one program turns the table, column by column, into "how many pairs of expert `e` come before
 #    this chunk", and adds up the experts and their tiles.
-# 3. **place**: each program finds the rank of its pairs within the chunk, by comparing them with one
-#    another, and writes both directions of the permutation.
+# 3. **place**: each program finds the position of each of its pairs among those of the same expert in the chunk, by
+#    comparing them with one another, and writes both directions of the permutation.
 #
-# Bytes for each pair: its id, 8 of them, read by *count* and again by *place* (which reads a pair's neighbours in the
-# chunk too, but from the cache), and twice 4 written. For 131,072 pairs that is 3.1 MB, a microsecond at 3 TB/s. What
+# A pair has 8 bytes of id, read by *count* and again by *place* (which reads its neighbours in the chunk too, but from
+# the cache), and 4 + 4 bytes are written. For 131,072 pairs that is 3.1 MB, a microsecond at 3 TB/s. What
 # it costs is three launches and the latency of the one-program scan.
 
 
@@ -154,7 +154,7 @@ def scan_kernel(
 
 
 # %% [markdown]
-# Ranks within a chunk: pair $i$ comes after every pair $j < i$ of the same expert, so its rank is
+# Positions within a chunk: pair $i$ comes after every pair $j < i$ of the same expert, so its position is
 # $\sum_{j<i} [e_i = e_j]$. Comparing 32 with 32 at a time keeps the comparisons in registers.
 
 
@@ -170,15 +170,15 @@ def place_kernel(
     chunk = block * BLOCK // CHUNK
     i = block * BLOCK + tl.arange(0, BLOCK)
     ids = tl.load(id_ptr + i, mask=i < pairs, other=-1).to(tl.int32)
-    rank = tl.zeros([BLOCK], tl.int32)
+    position = tl.zeros([BLOCK], tl.int32)
     for start in range(chunk * CHUNK, block * BLOCK + BLOCK, BLOCK):
         j = start + tl.arange(0, BLOCK)
         others = tl.load(id_ptr + j, mask=j < pairs, other=-1).to(tl.int32)
         before = (others[None, :] == ids[:, None]) & (j[None, :] < i[:, None])
-        rank += tl.sum(before.to(tl.int32), 1)
+        position += tl.sum(before.to(tl.int32), 1)
     valid = (ids >= 0) & (ids < experts)
     row = tl.load(offset_ptr + ids, mask=valid, other=0) + tl.load(table_ptr + chunk * E + ids, mask=valid, other=0)
-    row = tl.where(valid, row + rank, -1)
+    row = tl.where(valid, row + position, -1)
     tl.store(slot_ptr + i, row, mask=i < pairs)
     tl.store(pair_ptr + row, i, mask=valid)
 
@@ -222,7 +222,7 @@ if runs_triton(ids):
 
 # %% [markdown]
 # What it does to memory access, drawn: rows of the sorted buffer against the token they come from. Left, the
-# order in which pairs are born; right, sorted. Each step is an expert, and within it tokens still ascend.
+# order in which pairs are born; right, sorted. Each line is an expert, and along it tokens still ascend.
 
 # %%
 import matplotlib.pyplot as plt

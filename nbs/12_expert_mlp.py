@@ -40,10 +40,10 @@ from pithtrain.kernels.sort import Sorted, sort_pairs
 def reference_expert_mlp(tokens: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """`triton_expert_mlp` as a loop over experts."""
     out = tokens.new_zeros(tokens.shape, dtype=torch.promote_types(tokens.dtype, torch.float32))
-    for e in range(len(gate_up)):
+    for e, (own_gate_up, own_down) in enumerate(zip(gate_up.unbind(), down.unbind(), strict=True)):
         t, k = torch.where(expert_ids == e)
-        gate, up = F.linear(tokens[t], gate_up[e].to(tokens.dtype)).chunk(2, dim=-1)
-        y = F.linear(F.silu(gate) * up, down[e].to(tokens.dtype))
+        gate, up = F.linear(tokens[t], own_gate_up.to(tokens.dtype)).chunk(2, dim=-1)
+        y = F.linear(F.silu(gate) * up, own_down.to(tokens.dtype))
         out = out.index_add(0, t, weights[t, k, None] * y)
     return out.to(tokens.dtype)
 

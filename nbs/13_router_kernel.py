@@ -3,9 +3,11 @@
 #
 # > Logits, softmax or sigmoid, top-k, weights and load counts of a block of tokens without leaving the chip.
 #
-# The router's arithmetic is small: $T \times E \times H$ multiply-adds, a fraction of a percent of what the
-# experts do. What it costs is traffic and launches. In plain PyTorch the $(T, E)$ table of logits is written
-# and read by a product, a cast, a softmax, a top-k, a gather, a sum, a division and a count. Here a program
+# What a router is for, [its layer](20_router.py) explains, which is worth reading first; and what balance losses are,
+# [the notebook behind it](21_balance.py). The router's arithmetic is small: $T \times E \times H$ multiply-adds, 0.1 to
+# 2 percent of what the experts do. What it costs is traffic and launches. In plain PyTorch a product, a softmax and a
+# top-k write or read a table of $(T, E)$ logits or scores, and a gather, a sum, a division and a count over $(T, K)$
+# follow, each of them a launch. Here a program
 # holds the logits of 64 tokens (16 in fp32, or of more than 256 experts) for *all* experts in registers, and writes
 # each result once:
 #
@@ -46,11 +48,12 @@ from pithtrain.kernels.lang import INTERPRETED, tl, triton, want, wanted
 # For a token $x$ and router rows $r_e$, with *scores* $p = \mathrm{softmax}(Rx)$ or $p = \sigma(Rx)$:
 #
 # $$S = \operatorname{top\text{-}k}_e(p_e + b_e), \qquad w_e = \lambda\, \frac{p_e}{\sum_{j \in S} p_j} \quad
-#   \text{or} \quad w_e = \lambda\, p_e .$$
+#   \text{or} \quad w_e = \lambda\, p_e ,$$
 #
-# $b$ is a bias that steers the choice to keep experts equally busy (DeepSeek-V3, arXiv 2412.19437); it has no
-# part in the weights and gets no gradient. $\lambda$, `scale`, is a constant of the model. Logits are summed and
-# kept in fp32, whatever the inputs: experts that differ in the fourth digit must not tie.
+# the first with `renormalise`, the second without. $b$ is a bias that steers the choice to keep experts equally busy
+# (DeepSeek-V3, arXiv 2412.19437); it has no part in the weights and gets no gradient. $\lambda$, `scale`, is a constant
+# of the model. Logits are summed and kept in fp32, whatever the inputs: experts that differ in the fourth digit must
+# not tie.
 
 
 # %%
@@ -95,7 +98,7 @@ print("load", routing.counts.tolist())
 # ## Forward
 #
 # Experts are padded to a power of two with logits of minus infinity. Top-k is $K$ rounds of "take the largest,
-# strike it out": with $K \le 8$ and everything in registers that beats a sort. Counts are added with integer
+# strike it out": for such a small $K$, with everything in registers, it needs no sort. Counts are added with integer
 # atomics, whose order does not matter.
 
 
@@ -159,12 +162,16 @@ def route_kernel(
 # %% [markdown]
 # ## Backward
 #
-# Given gradients $\bar w$ of the weights and, if a balance loss asks, $\bar p$ of the scores: through the
-# renormalisation, with $q_e = p_e / \sum_S p$,
+# Given gradients $\bar w$ of the weights and, if a balance loss asks, $\bar p$ of the scores: for each $e \in S$, with
+# $q_e = p_e / \sum_S p$,
 #
-# $$\bar p_e \mathrel{+}= \frac{\lambda}{\sum_S p}\Bigl(\bar w_e - \sum_{j \in S} \bar w_j q_j\Bigr), \qquad
-#   \bar \ell = p \odot \bigl(\bar p - \langle p, \bar p\rangle\bigr) \;\text{(softmax)}, \qquad
-#   \bar \ell = \bar p \odot p (1 - p) \;\text{(sigmoid)},$$
+# $$\bar p_e \mathrel{+}= \frac{\lambda}{\sum_S p}\Bigl(\bar w_e - \sum_{j \in S} \bar w_j q_j\Bigr)
+#   \;\text{(renormalised)} \quad\text{or}\quad \bar p_e \mathrel{+}= \lambda\, \bar w_e;$$
+#
+# then, for the logits $\ell = Rx$ and all experts,
+#
+# $$\bar \ell = p \odot \bigl(\bar p - \langle p, \bar p\rangle\bigr) \;\text{(softmax)} \quad\text{or}\quad
+#   \bar \ell = \bar p \odot p \odot (1 - p) \;\text{(sigmoid)},$$
 #
 # and two ordinary matrix products bring $\bar\ell$ to the tokens and to the router.
 
@@ -197,8 +204,7 @@ def route_gradient_kernel(
         d_chosen = tl.where(hit, d_weight[:, None], d_chosen)
         chosen = tl.where(hit, probs, chosen)
     if RENORMALISE:
-        total = tl.sum(chosen, 1)[:, None]
-        total = tl.where(total > 0.0, total, 1.0)
+        total = tl.sum(chosen, 1)[:, None] + 1e-20  # as in the forward pass
         mean = tl.sum(d_chosen * chosen, 1)[:, None] / total
         d_chosen = tl.where(chosen > 0.0, (d_chosen - mean) / total, 0.0)
     if DENSE:
@@ -213,7 +219,7 @@ def route_gradient_kernel(
 
 # %% [markdown]
 # One subtlety: an expert chosen with a score that underflowed to exactly zero gets no gradient through the
-# renormalisation. Its softmax gradient is zero anyway, being multiplied by $p$.
+# renormalisation. That of its logit is zero anyway: both formulas multiply by $p$.
 
 
 # %%
@@ -320,8 +326,7 @@ if INTERPRETED:
 # %% [markdown]
 # Which runs when: [the layer](20_router.py) decides.
 #
-# What the selection bias does: raise one expert's bias and watch tokens move to it, while the weights of the
-# tokens it had before stay what they were.
+# What the selection bias does: raise one expert's bias and watch tokens move to it.
 
 # %%
 import matplotlib.pyplot as plt
@@ -333,6 +338,23 @@ ax.stackplot(lifts, loads.T, labels=[f"expert {e}" for e in range(6)], alpha=0.7
 ax.set(title="Load against the bias of expert 0", xlabel="bias of expert 0", ylabel="(token, expert) pairs")
 ax.legend(ncol=3, fontsize=8)
 fig
+
+# %% [markdown]
+# The weights of the tokens that it had before stay what they were:
+
+
+# %%
+def by_expert(lift: float) -> torch.Tensor:
+    found = reference_route(hidden, router_weight, 2, torch.eye(6)[0] * lift)
+    return torch.zeros(40, 6).scatter(1, found.expert_ids, found.weights)
+
+
+before, after = by_expert(0.0), by_expert(0.4)
+had = before[:, 0] > 0
+assert torch.equal(before[had], after[had])
+print(
+    f"expert 0 has {int(had.sum())} tokens, then {int((after[:, 0] > 0).sum())}; the weights of the first are the same"
+)
 
 # %% [markdown]
 # Next: the other end of the model, [the loss](14_cross_entropy.py).

@@ -3,7 +3,7 @@
 #
 # > One step of AdamW on one tensor: every number is read once and written once, clipped on the way.
 #
-# An MoE model has many parameters for the few that work on a token, and its optimiser touches all of them. There is
+# An MoE model has far more parameters than any one token uses, and its optimiser touches all of them. There is
 # next to nothing to compute; what counts is what moves. AdamW needs four numbers of every parameter, the weight, its
 # gradient and two averages, and changes three of them: in fp32 that is 4 · 4 + 3 · 4 = 28 bytes.
 #
@@ -42,8 +42,9 @@ from pithtrain.kernels.lang import runs_triton, tl, triton, want
 # What depends on the step alone is computed before the kernel starts, on the host and in float64: in $1 - \beta_2^n$
 # with $\beta_2 = 0.999$ and $n = 1$ three digits cancel. The kernel gets `keep` $= 1 - \eta\lambda$, `move`
 # $= \eta / (1 - \beta_1^n)$, `root` $= 1 / \sqrt{1 - \beta_2^n}$, and `new1` and `new2`, $1 - \beta_1$ and
-# $1 - \beta_2$; `mean` and `square` are $m$ and $v$. Where $\beta_1 < 1/2$, the same $m$ is written
-# $g / c + \beta_1 (m - g / c)$: the small one of the two steps is the one that is rounded.
+# $1 - \beta_2$; `mean` and `square` are $m$ and $v$. `scale` is $c$.
+# Where $\beta_1 < 1/2$, the same $m$ is written $g / c + \beta_1 (m - g / c)$, so that the smaller term is the one that
+# is multiplied, and rounded.
 
 
 # %%
@@ -142,5 +143,6 @@ if file.exists():
         print(f"{row['name']:48} {row['ms']:5.2f} ms for {moved / 1e9:.1f} GB: {moved / row['ms'] / 1e9:.2f} TB/s")
 
 # %% [markdown]
-# [The optimizer](65_optimizer.py) launches it where parameters are on a GPU, and where that leaves a whole step is
-# [measured too](86_bench_step.py). Next: the layers that the kernels serve, beginning with [the router](20_router.py).
+# [The optimizer](65_optimizer.py) launches it where parameters are on a GPU, and [a benchmark](86_bench_step.py)
+# measures what that does for a whole step. Next: the layers that the kernels serve, beginning with [the
+# router](20_router.py).

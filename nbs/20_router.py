@@ -116,11 +116,11 @@ class Routed(NamedTuple):
 
 # %%
 #| export
-TINY = 1e-20  # far below the rounding of any sum that is not zero
+TINY = 1e-20  # nothing beside a sum above 1e-12; shares of a sum of zero are zero
 
 
 def shares(scores: Tensor) -> Tensor:
-    """`scores` divided by their sum over the last axis."""
+    """`scores` divided by their sum over the last axis, and `TINY`."""
     return scores / (scores.sum(dim=-1, keepdim=True) + TINY)
 
 
@@ -186,8 +186,8 @@ fig
 # The bias is a buffer, not a parameter: no gradient reaches it. It is saved with the model, because
 # leaving it out would route a resumed run differently. On a GPU [one kernel](13_router_kernel.py) does all of
 # `route`, unless experts stand in groups. There the weight is rounded to the dtype of the tokens, as all others are, so
-# that tensor cores multiply, 64 tokens at a time; a few tokens whose last expert is nearly tied choose another one
-# than they would unrounded. Products are added up, and everything after them is computed, in float32 all the same.
+# that tensor cores multiply, 64 tokens at a time; a few tokens whose last two candidates are nearly tied choose
+# differently for it. Sums, and everything after them, are float32 all the same.
 
 
 # %%

@@ -53,7 +53,8 @@ print("together:  ", load.sum(dim=0).tolist(), "of", ids.numel(), "pairs")
 # $$\mathcal{L} = E \sum_{e=1}^{E} f_e P_e$$
 #
 # (Switch Transformer, arXiv 2101.03961, eq. 4, with $f$ over pairs so that it holds for any `top_k`). At
-# perfect balance $f_e = P_e = 1/E$ and $\mathcal{L} = 1$; when one expert takes all, $\mathcal{L} = E$.
+# perfect balance $f_e = P_e = 1/E$ and $\mathcal{L} = 1$; when all tokens go to the same $K$ experts, each certainly,
+# $\mathcal{L} = E / K$.
 # $f$ is a count and has no gradient; the gradient flows through $P$ and pushes down the probability of the
 # experts with the most load. One function serves every form of the loss, because the forms differ only in
 # *which tokens $f$ is counted over*.
@@ -64,7 +65,7 @@ print("together:  ", load.sum(dim=0).tolist(), "of", ids.numel(), "pairs")
 def switch_loss(probs: Tensor, load: Tensor) -> Tensor:
     """E * sum_e f_e P_e: P is the mean of `probs` (..., T, E) over T, f is `load` (..., E) over its sum.
 
-    A scalar, the mean over leading axes; 1.0 when balanced, E when one expert takes everything.
+    A scalar, the mean over leading axes; 1.0 when balanced, E / top_k when all tokens take the same experts.
     Source: Switch Transformer, arXiv 2101.03961."""
     fraction = load.to(probs.dtype) / load.sum(dim=-1, keepdim=True)
     return probs.shape[-1] * (fraction * probs.mean(dim=-2)).sum(dim=-1).mean()
@@ -73,8 +74,10 @@ def switch_loss(probs: Tensor, load: Tensor) -> Tensor:
 # %%
 even = torch.full((64, 8), 1 / 8)
 one_takes_all = torch.eye(8)[torch.zeros(64, dtype=torch.long)]
-print("balanced: ", switch_loss(even, torch.full((8,), 16)).item())
-print("collapsed:", switch_loss(one_takes_all, torch.tensor([128, 0, 0, 0, 0, 0, 0, 0])).item())
+two_take_all = torch.tensor([0.5, 0.5, 0, 0, 0, 0, 0, 0]).expand(64, 8)
+print("balanced:               ", switch_loss(even, torch.full((8,), 16)).item())
+print("collapsed, top_k of 1:  ", switch_loss(one_takes_all, torch.tensor([64, 0, 0, 0, 0, 0, 0, 0])).item())
+print("collapsed, top_k of 2:  ", switch_loss(two_take_all, torch.tensor([64, 64, 0, 0, 0, 0, 0, 0])).item())
 print("the skewed router above:", round(switch_loss(probs, load.sum(dim=0)).item(), 3))
 
 # %% [markdown]
@@ -143,7 +146,9 @@ for coefficients in (BalanceConfig(sequence=0.01, global_batch=0.0), BalanceConf
 # [router](20_router.py) rises by a fixed step $\gamma$ when expert $e$ had less than the mean load in the
 # last step, and falls when it had more. The weights $w_e$ do not see it.
 #
-# $$b_e \leftarrow b_e + \gamma \operatorname{sign}(\bar{c} - c_e)$$
+# $$b_e \leftarrow b_e + \gamma \operatorname{sign}(\bar{c} - c_e),$$
+#
+# with $c_e$ the load of expert $e$, $\bar c$ the mean load, and $\gamma$ the argument `rate`.
 
 
 # %%
@@ -186,9 +191,10 @@ assert history[0].max() > 1.8 and history[-1].max() < 1.3
 # %% [markdown]
 # ## What to log
 #
-# Two numbers tell whether a router is healthy. The *load imbalance* is the busiest expert's load over the
-# mean: it is how much longer the slowest rank works. The *entropy* of the router's probabilities, in nats,
-# says how decided the router is: $\log E$ when it knows nothing, 0 when it always knows.
+# Two numbers tell whether a router is healthy. The *load imbalance* is the busiest expert's load over the mean: with
+# one expert a rank it is how much longer the slowest rank works, with several a bound on that. The *entropy* of the
+# router's probabilities, in nats, says how decided the router is: $\log E$ when it knows nothing, 0 when it always
+# knows.
 
 
 # %%

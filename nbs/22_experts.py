@@ -29,9 +29,9 @@ from pithtrain.kernels.lang import runs_triton, wanted
 #
 # $$y = \sum_{e \in S} w_e\, D_e \left( \operatorname{silu}(G_e x) \odot U_e x \right),$$
 #
-# with the gate $G_e$ and the up projection $U_e$, both $D \times H$, and the down projection $D_e$,
-# $H \times D$ (SwiGLU: arXiv 2002.05202). $G_e$ and $U_e$ are stored as one tensor `gate_up` of shape
-# $(E, 2D, H)$, gate rows first: one matrix product computes both.
+# with the gate $G_e$ and the up projection $U_e$, both $I \times H$, and the down projection $D_e$,
+# $H \times I$ (SwiGLU: arXiv 2002.05202). $G_e$ and $U_e$ are stored as one tensor `gate_up` of shape
+# $(E, 2I, H)$, gate rows first: one matrix product computes both.
 #
 # The smallest true implementation is a loop over experts. It is the reference for every faster one.
 
@@ -41,31 +41,33 @@ def expert_mlp_reference(tokens: Tensor, expert_ids: Tensor, weights: Tensor, ga
     """For each token the weighted sum of its experts' outputs: (T, H).
 
     `tokens` (T, H), `expert_ids` (T, K) with -1 for a pair that is not computed here, `weights` (T, K),
-    `gate_up` (E, 2D, H) with the gate rows first, `down` (E, H, D).
+    `gate_up` (E, 2I, H) with the gate rows first, `down` (E, H, I).
     """
     output = torch.zeros_like(tokens)
-    for expert in range(gate_up.shape[0]):
+    for expert, (own_gate_up, own_down) in enumerate(zip(gate_up.unbind(), down.unbind(), strict=True)):
         rows, slots = torch.where(expert_ids == expert)
-        gate, up = F.linear(tokens[rows], gate_up[expert]).chunk(2, dim=-1)
-        expert_output = F.linear(F.silu(gate) * up, down[expert])
+        gate, up = F.linear(tokens[rows], own_gate_up).chunk(2, dim=-1)
+        expert_output = F.linear(F.silu(gate) * up, own_down)
         output = output.index_add(0, rows, weights[rows, slots, None].to(tokens.dtype) * expert_output)
     return output
 
 
 # %%
 torch.manual_seed(0)
-T, H, E, K, D = 12, 16, 4, 2, 24  # tokens, hidden, experts, top_k, expert hidden
+# ruff: noqa: E741  (I is the expert hidden size, as in the maths)
+T, H, E, K, I = 12, 16, 4, 2, 24  # tokens, hidden, experts, top_k, expert hidden
 tokens = torch.randn(T, H)
-gate_up, down = torch.randn(E, 2 * D, H) / H**0.5, torch.randn(E, H, D) / D**0.5
+gate_up, down = torch.randn(E, 2 * I, H) / H**0.5, torch.randn(E, H, I) / I**0.5
 weights, expert_ids = torch.softmax(torch.randn(T, E), dim=1).topk(K)
 expert_mlp_reference(tokens, expert_ids, weights, gate_up, down).shape
 
 # %% [markdown]
-# ## Where the time goes
+# ## All pairs of an expert side by side
 #
-# The loop asks for every expert's tokens with a comparison over all pairs, and autograd keeps five
-# intermediates for each expert. A training step needs none of that: sort the pairs by expert once, and
-# each expert's pairs are a contiguous run.
+# The loop compares all pairs once for each expert, calls small operations by the hundred, and autograd keeps five
+# intermediates for each expert. (`unbind` matters: behind `gate_up[expert]`, the backward would write a gradient of
+# *all* experts for each of them, zero but for one.) A training step needs none of that: sort the pairs by expert once,
+# and each expert's pairs are a contiguous run.
 
 # %%
 import matplotlib.pyplot as plt
@@ -128,14 +130,17 @@ print("norms of the experts' gradients:", [round(norm, 2) for norm in found.flat
 # %% [markdown]
 # ## Forward and backward by hand
 #
-# Only the input of the activation, $h = [G x, U x]$, is kept for the backward; the rest is cheap to
-# compute again. With $a = \operatorname{silu}(g) \odot u$ and $\bar y$ the gradient of a token's output,
+# Of the intermediates only the input of the activation, $h = [g, u] = [G x, U x]$ (`pre`), is kept for the backward;
+# the rest is cheap to compute again. With $a = \operatorname{silu}(g) \odot u$ (`activated`), $\bar y$ the gradient of
+# a token's output and $z = D^\top \bar y$ (`grad_activated`, before it is weighted), the gradients are, for each pair,
 #
-# $$\bar a = D^\top \bar y, \qquad \bar w = \langle \bar a, a \rangle, \qquad
+# $$\bar w = \langle z, a \rangle, \qquad
+#   \bar h = [\,w\,z \odot u \odot \operatorname{silu}'(g),\; w\,z \odot \operatorname{silu}(g)\,], \qquad
 #   \bar D \mathrel{+}= \bar y\,(w a)^\top, \qquad
-#   \bar h = [\,w\,\bar a \odot u \odot \operatorname{silu}'(g),\; w\,\bar a \odot \operatorname{silu}(g)\,].$$
+#   \begin{bmatrix} \bar G \\ \bar U \end{bmatrix} \mathrel{+}= \bar h\, x^\top, \qquad
+#   \bar x \mathrel{+}= \begin{bmatrix} G \\ U \end{bmatrix}^\top \bar h.$$
 #
-# $\bar w$ is the gradient of the router's weight. Taking it from $\langle \bar a, a\rangle$, rather than
+# $\bar w$ is the gradient of the router's weight. Taking it from $\langle z, a\rangle$, rather than
 # from $\langle \bar y, D a \rangle$, needs no expert output to be stored or computed again; the two are
 # equal (the observation is SonicMoE's, arXiv 2512.14080).
 
@@ -249,12 +254,12 @@ def best_of_five(run) -> float:
 torch.manual_seed(0)
 a = torch.randn(1024, 1024)
 print(f"one dense product: {2 * 1024**3 / best_of_five(lambda: a @ a) / 1e9:.0f} GFLOP/s")
-for T, H, E, K, D in ((2048, 256, 16, 2, 256), (512, 256, 128, 8, 96)):
+for T, H, E, K, I in ((2048, 256, 16, 2, 256), (512, 256, 128, 8, 96)):
     tokens = torch.randn(T, H)
-    gate_up, down = torch.randn(E, 2 * D, H) / H**0.5, torch.randn(E, H, D) / D**0.5
+    gate_up, down = torch.randn(E, 2 * I, H) / H**0.5, torch.randn(E, H, I) / I**0.5
     weights, expert_ids = torch.softmax(torch.randn(T, E), dim=1).topk(K)
-    print(f"\n{T} tokens, {E} experts of {D}, top_k {K}")
-    flops = 18 * T * K * H * D  # three products of 2HD each, thrice: forward, input and weight gradients
+    print(f"\n{T} tokens, {E} experts of {I}, top_k {K}")
+    flops = 18 * T * K * H * I  # three products of 2HI each, thrice: forward, input and weight gradients
     for name, function in (("reference loop", expert_mlp_reference), ("sorted, by hand", ExpertMLP.apply)):
         seconds = best_of_five(partial(gradients, function, tokens, expert_ids, weights, gate_up, down))
         print(f"{name:16} {1e3 * seconds:6.1f} ms, {flops / seconds / 1e9:5.0f} GFLOP/s")
@@ -264,7 +269,7 @@ for T, H, E, K, D in ((2048, 256, 16, 2, 256), (512, 256, 128, 8, 96)):
 #
 # The same plan, with all experts at once, is what the [Triton kernels](12_expert_mlp.py) carry out on a GPU. They
 # fetch weights in pieces of 16 bytes, so rows must be a multiple of that: 8 features in bf16. What they cannot take,
-# odd widths and float64, goes expert by expert on a GPU too; that is right, slow, and makes the host wait.
+# odd widths and float64, takes the path above on a GPU too; that is right, slow, and makes the host wait.
 
 
 # %%
@@ -276,7 +281,7 @@ def kernels_take(tokens: Tensor, expert_hidden: int) -> bool:
 
 
 # %%
-print("the kernels take these tokens:", kernels_take(tokens, D))
+print("the kernels take these tokens, which are on the CPU:", kernels_take(tokens, I))
 
 
 # %%
@@ -301,7 +306,13 @@ class Experts(nn.Module):
 
 # %%
 layer = Experts(16, 4, 24)
+for parameter in layer.parameters():
+    nn.init.normal_(parameter, std=0.2)
 print(", ".join(f"{name} {tuple(p.shape)}" for name, p in layer.named_parameters()))
+tokens = torch.randn(12, 16)
+weights, expert_ids = torch.softmax(torch.randn(12, 4), dim=1).topk(2)
+expected = expert_mlp_reference(tokens, expert_ids, weights, *layer.parameters())
+torch.testing.assert_close(layer(tokens, expert_ids, weights), expected)
 
 # %% [markdown]
 # Yours to do: [experts without wasted work](exercises/22_experts.py).

@@ -84,7 +84,7 @@ def shape_for(shape: Shape, device: torch.device) -> tuple[Shape, str]:
     """The shape that is measured on this device, and a sentence on what is measured."""
     if device.type == "cuda":
         return shape, f"bf16 on {torch.cuda.get_device_name(device)}"
-    threads = f"{(count := torch.get_num_threads())} thread{'s' * (count > 1)}"
+    threads = f"{torch.get_num_threads()} thread(s)"
     if shape.hidden > 512:
         shape = shape._replace(hidden=shape.hidden // 8, expert_hidden=shape.expert_hidden // 8, tokens=512)
         return shape, f"no GPU here: fp32 on the CPU, {threads}, fewer tokens, all widths divided by 8"
@@ -325,10 +325,11 @@ def floor_products(problem: Problem) -> Callable[[], None]:
 #
 # A graphics card's clock follows the power it has just drawn, so each entrant is measured in its own steady state: it
 # runs for a third of a second before anything counts. A card also warms up and cools down over seconds (`turns_ms` in
-# the files shows it), and who follows the hottest entrant finds a slower card. So all take turns, as often as there are
-# entrants, each turn beginning with the next one and every other turn going backwards. On a GPU the clock is the GPU's
-# own events, a fresh 256 MB is written before each repetition to empty the cache, and the host runs ahead, as it does
-# in training. The median is reported. Peak memory is what one pass holds beyond weights, tokens and output gradient.
+# the files shows it), and an entrant that follows the hottest one finds a slower card. So all take turns, as often as
+# there are entrants, each turn beginning with the next one and every other turn going backwards. On a GPU the clock is
+# the GPU's own events, a fresh 256 MB is written before each repetition to empty the cache, and the host runs ahead, as
+# it does in training. The median is reported. Peak memory is what one pass holds beyond weights, tokens and output
+# gradient.
 
 
 # %%
@@ -384,19 +385,20 @@ def bench_moe(
     runs = {"floor: grouped products alone": floor_products(problem)}
     for name, block in (blocks | {"pithtrain, hottest expert 8x mean": skewed}).items():
         runs[name] = partial(one_pass, block, problem)
-    names, turns = list(runs), []
-    for first in tqdm(range(len(names)), desc="turns", leave=False):
-        rotated = names[first:] + names[:first]
-        turns.append({name: median_ms(runs[name], device, repeats) for name in rotated[:: -1 if first % 2 else 1]})
+    turns_ms, order = {name: [] for name in runs}, list(runs)
+    for turn in tqdm(range(len(runs)), desc="turns", leave=False):
+        for name in reversed(order) if turn % 2 else order:
+            turns_ms[name].append(median_ms(runs[name], device, repeats))
+        order = order[1:] + order[:1]
+    medians = {name: statistics.median(times) for name, times in turns_ms.items()}
+    floor = medians["floor: grouped products alone"]
     with torch.no_grad():
         outputs = {name: block(problem.tokens).double() for name, block in blocks.items()}
         ours = pithtrain_block(problem)(problem.tokens).double()
     tflop = 18 * shape.tokens * shape.top_k * shape.hidden * shape.expert_hidden / 1e12
     rows = []
-    for name in runs:
-        ms = statistics.median(turn[name] for turn in turns)
-        row = {"name": name, "ms": ms, "turns_ms": [turn[name] for turn in turns]}
-        floor = statistics.median(turn["floor: grouped products alone"] for turn in turns)
+    for name, ms in medians.items():
+        row = {"name": name, "ms": ms, "turns_ms": turns_ms[name]}
         row |= {"ratio_to_floor": ms / floor, "tflops": tflop / ms * 1e3, "peak_gib": None, "difference": None}
         if name in blocks:
             row["peak_gib"] = peak_gib(blocks[name], problem)
@@ -443,6 +445,9 @@ for row in result["rows"]:
 # %% [markdown]
 # *differs* is the relative difference of the output from ours. In bf16 it is some 5e-2 on random inputs: others
 # round the logits to bf16 before they choose, and where two experts are nearly tied they choose the other one.
+#
+# At this size little can be concluded: 8 times the mean is every token, which makes one product large and so
+# efficient, and overheads decide between the rest. The H100's figures below are of real sizes.
 #
 # The same as a picture:
 
@@ -491,7 +496,7 @@ fig
 #
 # What [expert parallelism](41_expert_parallel.py) adds on a rank, apart from the wire (`tools/dispatch_cost.py`
 # measures it). First the kernels that find and add up rows, as on one rank of eight, beside the time in which an
-# H100's memory moves the bytes that they cannot avoid to move. Such kernels end so soon that a host cannot launch
+# H100's memory moves the bytes that they cannot avoid moving. Such kernels end so soon that a host cannot launch
 # them fast enough: replayed from a CUDA graph, they show the time of the device alone. Then the whole block, forward
 # and backward, at home and through an exchange over a group of one rank: every token is gathered, sent by the rank
 # to itself, brought back and added up.

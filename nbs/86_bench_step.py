@@ -7,7 +7,7 @@
 # models train in the same process, on the same batches, with AdamW and the same threads, and what
 # is reported beside the speeds is their *ratio*.
 #
-# The peer is what one would write without PithTrain: the model of `transformers`, its loss, `clip_grad_norm_`,
+# The peer is what one would write without PithTrain: the model of `transformers`, `cross_entropy`, `clip_grad_norm_`,
 # fused AdamW. It has several implementations of its experts; each takes part.
 
 # %%
@@ -133,10 +133,19 @@ KINDS = {
         "xmma",
     ),
     "optimiser": ("adam",),
-    "loss": ("cross_entropy_kernel", "logsumexp", "log_softmax", "cunn_softmax", "nll_loss"),
+    "loss": ("linearcrossentropy", "cross_entropy_kernel", "logsumexp", "log_softmax", "cunn_softmax", "nll_loss"),
     "norms of features": ("rmsnorm", "layer_norm", "gammabeta"),
     "copies and casts": ("copy",),
 }
+
+
+def by_kind(spent: dict[str, float]) -> dict[str, float]:
+    """Milliseconds of each kind of work, from those of operators or kernels."""
+    kinds = dict.fromkeys([*KINDS, "everything else"], 0.0)
+    for key, ms in spent.items():
+        name = key.lower()
+        kinds[next((k for k, words in KINDS.items() if any(w in name for w in words)), "everything else")] += ms
+    return kinds
 
 
 def step_profile(step: Step, ids: Tensor) -> dict[str, dict[str, float]]:
@@ -149,21 +158,17 @@ def step_profile(step: Step, ids: Tensor) -> dict[str, dict[str, float]]:
     spent = {
         e.key: (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e3 for e in recorder.key_averages()
     }
-    kinds = dict.fromkeys([*KINDS, "everything else"], 0.0)
-    for key, ms in spent.items():
-        name = key.lower()
-        kinds[next((k for k, words in KINDS.items() if any(w in name for w in words)), "everything else")] += ms
     longest = sorted(spent, key=spent.__getitem__, reverse=True)[:25]
-    return {"kinds": kinds, "longest": {key: spent[key] for key in longest}}
+    return {"kinds": by_kind(spent), "longest": {key: spent[key] for key in longest}}
 
 
 # %% [markdown]
 # ## FLOPs
 #
 # Of a model, not of a machine: what a step must multiply, whatever is computed twice. Each parameter of a product takes
-# part in one multiply-add of a token forward and two backward, 6 FLOPs, and causal attention over $S$ positions in
-# $6 S$ times its features; the embedding is looked up and costs none. Divided by time and by what the device can do,
-# this is the *model FLOPs utilisation* (Chowdhery and others, arXiv 2204.02311).
+# part in one multiply-add of a token forward and two backward, 6 FLOPs, and causal attention over $S$ positions adds $6
+# S$ for each feature of all heads; the embedding is looked up and costs none. Divided by time and by what the device
+# can do, this is the *model FLOPs utilisation* (Chowdhery and others, arXiv 2204.02311).
 
 
 # %%
@@ -206,7 +211,8 @@ def bench_step(config: Config, rounds: int, peers: tuple[str, ...] = ("eager", "
     batches = torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
     seconds: dict[str, list[float]] = {name: [] for name in makers}
     losses, profiles, peaks = {}, {}, {}
-    for names in [[name] for name in makers] if cuda else [list(makers)]:
+    together = [[name] for name in makers] if cuda else [list(makers)]  # a GPU holds one of them
+    for names in together:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         steps = {name: makers[name]() for name in names}
@@ -293,7 +299,7 @@ config = Config(
 result = bench_step(config, rounds=5)
 print(describe_bench_step(result))
 first = list(result["first_loss"].values())
-assert max(first) - min(first) < 0.1  # untrained, all are as wrong
+assert max(first) - min(first) < 0.1  # untrained, all are equally wrong
 
 # %%
 import matplotlib.pyplot as plt
@@ -305,6 +311,8 @@ ax.set(title="Where a training step's time goes", xlabel="milliseconds")
 fig
 
 # %% [markdown]
+# At this size most of a step is the overhead of Python and of small operators, which "everything else" holds.
+#
 # ## On a GPU
 #
 # Four layers of [Qwen3-30B-A3B](https://arxiv.org/abs/2505.09388), which one H100 holds with float32 weights, gradients
@@ -328,10 +336,10 @@ if file.exists():
         print(f"{ms:9.1f} ms  {kernel[:100]}")
 
 # %% [markdown]
-# The longest kernel, and neither a product nor attention, is the optimiser's. Such a model has many parameters for the
-# few that work on a token, and [AdamW](18_adamw_kernel.py) touches them all: it reads the weight, the gradient and two
-# averages, and writes three of them back. The gradient's norm, which [clipping](43_sharding.py) asks for, reads it
-# once more. What that is at an H100's 3.35 TB/s (NVIDIA's data sheet), beside what it took:
+# The longest kernel, and neither a product nor attention, is the optimiser's. Such a model has far more parameters than
+# any one token uses, and [AdamW](18_adamw_kernel.py) touches them all: it reads the weight, the gradient and two
+# averages, and writes three of them back. The gradient's norm, which [clipping](43_sharding.py) asks for, reads it once
+# more. What that is at an H100's 3.35 TB/s (NVIDIA's data sheet), beside what it took:
 
 # %%
 if file.exists():
@@ -348,26 +356,16 @@ if file.exists():
 
 # %% [markdown]
 # AdamW runs at nine tenths of the data sheet's speed; even at all of it, it would be a sixth of this step. Its share
-# falls with more tokens in a step, and with ranks that share the weights. What is neither a product nor attention nor
-# AdamW, by what it is for (of the kernels that the file names):
+# falls with more tokens in a step, and with ranks that share the weights. The kernels that the file names, by kind:
 
 # %%
 if file.exists():
     spent = sum(measured["profiles"]["pithtrain"]["kinds"].values())
-    others = {
-        "the loss": ("cross_entropy",),
-        "norms of features": ("layer_norm", "GammaBeta"),
-        "weights to bf16, other copies": ("copy",),
-        "norm of the gradients": ("LpNorm",),
-        "sums of gradients and residuals": ("CUDAFunctor_add",),
-        "combine": ("combine_kernel",),
-    }
-    for what, words in others.items():
-        ms = sum(ms for kernel, ms in longest.items() if any(word in kernel for word in words))
-        print(f"{what:32}{ms:5.1f} ms, {ms / spent:4.1%}")
+    for kind, ms in by_kind(longest).items():
+        print(f"{kind:24}{ms:6.1f} ms, {ms / spent:5.1%}")
     named = sum(longest.values())
-    print(f"{'not named in the file':32}{spent - named:5.1f} ms, {(spent - named) / spent:4.1%}")
+    print(f"{'not named':24}{spent - named:6.1f} ms, {(spent - named) / spent:5.1%}")
 
 # %% [markdown]
-# None of them is a tenth of the step. The feature norms, at 3 to 4 %, run as torch's kernels, forward and backward; a
-# kernel of our own could at best save the part of that which is not memory traffic, and was not written.
+# Beside products, attention and AdamW nothing is a tenth of the step. The feature norms run as torch's kernels, forward
+# and backward; kernels of our own could save at most these 4 %, and were not written.

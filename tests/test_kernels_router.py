@@ -72,6 +72,24 @@ def test_scores_that_underflow_get_no_weight():
         assert got.expert_ids.sort().values.tolist() == [[3, 4]] * 5 and not got.weights.any()
 
 
+@pytest.mark.parametrize("logit", [40.0, 60.0, 85.0])
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_gradients_of_improbable_choices(sigmoid, logit):
+    """Chosen by a bias: what they are divided by is 1e-20 and not much else."""
+    x = torch.ones(5, 16, device=DEVICE)
+    r = torch.randn(6, 16, device=DEVICE) / 16 - sigmoid * logit / 16
+    r[0] += logit / 16
+    bias = torch.tensor([0.0, 0, 0, 5, 6, 0], device=DEVICE)
+    seed = torch.randn(5, 2, device=DEVICE)
+    leaves = [(a.clone().requires_grad_(), b.clone().requires_grad_()) for a, b in ((x, r), (x.double(), r.double()))]
+    grads = [
+        torch.autograd.grad(run(*pair, 2, bias=bias, sigmoid=sigmoid).weights, pair, seed.to(pair[0].dtype))
+        for run, pair in zip((triton_route, reference_route), leaves, strict=True)
+    ]
+    for got, true in zip(*grads, strict=True):
+        assert (got - true).norm() <= 1e-4 * true.norm() + 1e-12
+
+
 def test_nan_names_only_experts_that_exist():
     got = triton_route(torch.full((5, 16), float("nan"), device=DEVICE), torch.ones(6, 16, device=DEVICE), 3)
     assert int(got.expert_ids.min()) >= 0 and int(got.expert_ids.max()) < 6
