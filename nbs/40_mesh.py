@@ -62,8 +62,9 @@ def fit_axes(config: MeshConfig, world_size: int) -> Axes:
     left = world_size
     for name, size in (("pp", config.pp), ("cp", config.cp), ("ep", config.ep)):
         if left % size:
+            cure = f"; pithtrain launch --nproc {size} starts several ranks" if world_size == 1 else ""
             raise UserError(
-                f"mesh.{name}: {size} does not divide {left}, what the axes before leave of {world_size} ranks"
+                f"mesh.{name}: {size} does not divide {left}, what the axes before leave of {world_size} ranks{cure}"
             )
         left //= size
     if config.dp not in (0, left):
@@ -108,7 +109,7 @@ def check_axes(config: Config, axes: Axes) -> None:
     if batch % (size * ranks):
         raise UserError(
             f"train.micro_batch_size: {size} sequences on each of {ranks} ranks (mesh.dp x mesh.ep) "
-            f"do not divide train.batch_size, {batch}"
+            f"do not divide train.batch_size, {batch}; set it to {batch // ranks} or a divisor of that"
         )
     if pp > 1 and model.tie_embeddings:
         raise UserError("model.tie_embeddings: with mesh.pp > 1 embedding and head are on two ranks; set it to false")

@@ -10,7 +10,9 @@
 #| export
 import json
 import math
+import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -66,13 +68,19 @@ choose_compute(RunConfig(device="cpu"))
 # ## Interrupting
 #
 # Ctrl-C (or the SIGTERM of a cluster's scheduler) asks the loop to stop after the step it is in; the loop
-# then saves and says how to go on. A second Ctrl-C is the ordinary, immediate kind.
+# then saves and says how to go on. A second Ctrl-C ends the process at once, whatever it is doing; an exception would
+# not do, since the writer of checkpoints turns it into one of its own. Checkpoints are there whole or not at all.
 
 
 # %%
 #| export
 class StopRequest:
-    """Context in which SIGINT and SIGTERM set `requested` instead of ending the process; a second one does."""
+    """Context in which SIGINT and SIGTERM set `requested` instead of ending the process; a second one does.
+
+    `speak`: say so."""
+
+    def __init__(self, speak: bool):
+        self.speak = speak
 
     def __enter__(self) -> "StopRequest":
         self.requested = False
@@ -80,8 +88,11 @@ class StopRequest:
         return self
 
     def _ask(self, number: int, frame: Any) -> None:
+        if self.requested:
+            os._exit(130)
         self.requested = True
-        self.__exit__()
+        if self.speak:
+            print("\nstopping and saving after this step; once more ends without saving", file=sys.stderr, flush=True)
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.previous.items():
@@ -89,7 +100,7 @@ class StopRequest:
 
 
 # %%
-with StopRequest() as stop:
+with StopRequest(speak=True) as stop:
     signal.raise_signal(signal.SIGINT)
     print("asked to stop:", stop.requested)
 
@@ -173,7 +184,7 @@ def run_steps(config: Config, mesh: Mesh, dtype: torch.dtype, shards: Shards, ba
     metrics = Metrics(config, first) if first_rank else None
     silent = not first_rank or first == steps
     bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=silent)
-    with StopRequest() as stop, bar:
+    with StopRequest(first_rank) as stop, bar:
         for step in range(first + 1, steps + 1):
             start = time.perf_counter()
             own = read_microbatches(batches, step - 1, config.train.micro_batch_size, mesh)
@@ -277,9 +288,12 @@ def report(config: Config, shards: Shards, model: Decoder | None) -> str:
     lines = [f"{'held-out text':<22}{'nats per token':>16}{'bits per byte':>16}"]
     lines += [f"{name:<22}{loss:>16.3f}{bits[name]:>16.3f}" for name, loss in table.items()]
     if model:
-        sample = generate(Run(config, shards.tokenizer, model, last["step"]), "def ", 200)
-        (folder / "sample.txt").write_text(sample + "\n")
-        lines += ["", "a sample:", *(f"    {line}" for line in sample.splitlines()), ""]
+        try:
+            sample = generate(Run(config, shards.tokenizer, model, last["step"]), "def ", 200)
+            (folder / "sample.txt").write_text(sample + "\n")
+            lines += ["", "a sample:", *(f"    {line}" for line in sample.splitlines()), ""]
+        except UserError as error:  # the model knows fewer positions than the prompt has
+            lines += ["", f"no sample: {error}"]
     else:
         lines += ["", f"a sample: pithtrain generate {folder}"]
     lines += [f"figures: {', '.join(str(path) for path in figures)}"]

@@ -16,7 +16,6 @@
 # %%
 #| export
 import gc
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -27,7 +26,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from pithtrain.bench import cpu_name
 from pithtrain.config import Config, DecoderConfig, MeshConfig, Qwen3MoeConfig
 from pithtrain.models.build import build
 from pithtrain.models.decoder import count_parameters
@@ -216,7 +217,7 @@ def bench_step(config: Config, rounds: int, peers: tuple[str, ...] = ("eager", "
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         steps = {name: makers[name]() for name in names}
-        for ids in batches:
+        for ids in tqdm(batches, desc="steps", leave=False):
             for name, step in steps.items():
                 start = time.perf_counter()
                 loss = step(ids)  # a number: the device is done
@@ -255,22 +256,13 @@ def bench_step(config: Config, rounds: int, peers: tuple[str, ...] = ("eager", "
 
 # %%
 #| export
-def cpu_name() -> str:
-    """The processor's name, where the system tells."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-# %%
-#| export
 def describe_bench_step(result: dict[str, Any]) -> str:
     """The result of `bench_step` as a table."""
     lines = [
-        f"{result['device']}, {result['threads']} threads, torch {result['torch']}, {result['dtype']}; "
-        f"{result['tokens_per_step']} tokens a step in sequences of {result['sequence_length']}"
+        f"{result['device']}, {result['threads']} thread(s), {result['dtype']}, torch {result['torch']}, "
+        f"transformers {result['transformers']}; medians of {result['rounds']} steps",
+        ", ".join(f"{key} {size}" for key, size in result["model"].items())
+        + f"; {result['tokens_per_step']} tokens a step in sequences of {result['sequence_length']}",
     ]
     for name, speed in result["tokens_per_second"].items():
         peak = result["peak_gib"][name]

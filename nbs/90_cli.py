@@ -61,7 +61,10 @@ parse_overrides(["--train.steps", "500", "--run.name=wide"])
 def save_json(result: dict, path: Path | None) -> None:
     """Write a result, where a file was asked for."""
     if path is not None:
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        try:
+            path.write_text(json.dumps(result, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
 
 
 # %% [markdown]
@@ -121,6 +124,9 @@ def parse_mesh(text: str, mesh: MeshConfig) -> tuple[MeshConfig, int]:
 def verify_command(arguments: argparse.Namespace) -> int:
     """Compare a mesh of CPU processes with one process; 0 where they agree."""
     config = load_config(arguments.config, arguments.overrides)
+    named = {f"mesh.{pair.partition('=')[0].strip()}" for pair in arguments.mesh.split(",")}
+    if both := [key for key, _ in arguments.overrides if key in named]:
+        raise UserError(f"--{both[0]}: is also in --mesh {arguments.mesh}; give it once")
     mesh, ranks = parse_mesh(arguments.mesh, config.mesh)
     from pithtrain.verify import fit_config, verify
 
@@ -244,6 +250,8 @@ def schedule_command(arguments: argparse.Namespace) -> None:
     unit = f"unit of time: the forward of 1/{pp} of the model, also taken by each half of its backward"
     if chunks and kind != "interleaved":
         raise UserError(f"--chunks: only interleaved has a choice, {kind} has not; leave it out")
+    if kind == "all" and arguments.picture:
+        raise UserError("--picture: of all kinds there is a table and no picture; leave it out, or choose a kind")
     if kind == "all":
         print(compare(pp, microbatches, costs), unit, sep="\n")
         return
@@ -286,6 +294,8 @@ def output(*endings: str) -> Callable[[str], Path]:
         path = Path(text)
         if not path.parent.is_dir():
             raise UserError(f"{path}: there is no folder {path.parent}; make it, or choose another place")
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; expected a file to write")
         if path.suffix not in endings:
             raise UserError(f"{path}: expected a name that ends in {' or '.join(endings)}")
         return path
@@ -392,7 +402,7 @@ def make_parser() -> Parser:
     block = add(benches, "moe", bench_moe_command, "one Mixture-of-Experts block, GPU or CPU")
     shapes = "qwen3-30b-a3b, deepseek-v2-lite, gpt-oss-like or tiny"
     block.add_argument("--shape", default="qwen3-30b-a3b", help=f"{shapes} (default %(default)s)")
-    block.number("--rounds", 20, 1, "timed passes of a turn; on a GPU, 10 ms of them each")
+    block.number("--rounds", 20, 1, "timed passes in each turn, of one turn for each entrant; on a GPU 10 ms for each")
     block.json()
 
     schedule = add(commands, "schedule", schedule_command, "a pipeline schedule as a table and a picture")

@@ -155,20 +155,43 @@ def test_killed_between_checkpoints_repeats_the_lost_steps(command, tmp_path, mo
     assert same(weights(tmp_path / "runs/demo"), weights(tmp_path / "runs/whole"))
 
 
-def test_ctrl_c_in_a_real_process_saves_and_says_how_to_go_on(command, tmp_path):
+def running(command, metrics):
+    """A real process that trains, some steps on."""
     arguments = [sys.executable, "-m", "pithtrain.cli", *command("--train.steps", "100000")]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "runs/demo/metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
         time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.05])
+def test_a_second_ctrl_c_ends_at_once_without_a_traceback(command, tmp_path, pause):
+    process = running(command, tmp_path / "runs/demo/metrics.jsonl")
+    process.send_signal(signal.SIGINT)
+    time.sleep(pause)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode in (130, -signal.SIGINT)  # the latter where all was done before the second
+    assert "Traceback" not in errors
+
+
+def test_ctrl_c_in_a_real_process_saves_and_says_how_to_go_on(command, tmp_path):
+    process = running(command, tmp_path / "runs/demo/metrics.jsonl")
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
+    assert "stopping and saving after this step; once more ends without saving" in errors
     assert "the same command goes on from there" in output and "Traceback" not in errors
     saved = [path.name for path in (tmp_path / "runs/demo/checkpoints").iterdir()]
     last = records(tmp_path / "runs/demo")[-1]["step"]
     assert f"step-{last:08d}" in saved
+
+
+def test_a_sequence_shorter_than_the_prompt_ends_without_a_sample(command, tmp_path, capsys):
+    assert cli.main(command("--train.sequence_length", "1")) == 0
+    assert "no sample: the prompt: has" in capsys.readouterr().out
+    assert not (tmp_path / "runs/demo/sample.txt").exists()
 
 
 def refused(capsys, arguments: list[str]) -> str:
