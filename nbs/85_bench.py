@@ -444,8 +444,8 @@ def table(result: dict) -> str:
         )
     lines += [
         "ms: medians; floor: the experts' grouped matrix products and nothing else, on sorted tokens; of floor: how",
-        "many times as long; TFLOP/s: of those products; peak GiB: beyond tokens and weights, on a GPU; differs: outputs",
-        "from ours, relatively.",
+        "many times as long; TFLOP/s: of those products; peak GiB: beyond tokens and weights, on a GPU; differs: how far",
+        "the output is from ours, relatively.",
     ]
     if absent := [p for p in ("transformers", "torchtitan") if p not in result["versions"]]:
         lines.append(f"not installed here, so not compared: {', '.join(absent)}")
