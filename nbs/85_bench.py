@@ -443,9 +443,9 @@ def table(result: dict) -> str:
             f"{row['name']:34}{row['ms']:9.2f}{row['ratio_to_floor']:10.2f}{row['tflops']:9.3g}{peak:>10}{differs:>10}"
         )
     lines += [
-        "ms: medians; floor: the experts' grouped matrix products and nothing else, on sorted tokens; of floor: how",
-        "many times as long; TFLOP/s: of those products; peak GiB: beyond tokens and weights, on a GPU; differs: how far",
-        "the output is from ours, relatively.",
+        "ms: medians; floor: the experts' grouped matrix products alone, on sorted tokens; of floor: how many times",
+        "as long; TFLOP/s: of those products; peak GiB: beyond tokens and weights, on a GPU; differs: the output,",
+        "relatively, from ours",
     ]
     if absent := [p for p in ("transformers", "torchtitan") if p not in result["versions"]]:
         lines.append(f"not installed here, so not compared: {', '.join(absent)}")
