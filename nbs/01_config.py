@@ -429,7 +429,10 @@ def config_from_tables(tables: dict[str, Any], where: str, options: dict[str, st
         return config
     except UserError as error:
         key, _, problem = str(error).partition(": ")
-        raise UserError(f"{(options or {}).get(key, f'{where}: {key}')}: {problem}") from None
+        section, dot, name = key.partition(".")
+        default = dot and isinstance(table := tables.get(section, {}), dict) and name not in table
+        place = f"{where}: {key}{' (its default)' if default else ''}"
+        raise UserError(f"{(options or {}).get(key, place)}: {problem}") from None
 
 
 # %%

@@ -90,7 +90,7 @@ def test_overrides_lie_over_the_file(tmp_path):
         ("train.steps", "-5", "--train.steps: -5 is out of range, expected at least 1"),
         ("model.family", "qwen", "--model.family: 'qwen' is no family"),
         ("model.top_k", "17", "--model.top_k: 17 is more than experts, 16"),
-        ("model.experts", "1", "run.toml: model.top_k: 2 is more than experts, 1"),
+        ("model.experts", "1", "run.toml: model.top_k (its default): 2 is more than experts, 1"),
         ("optimizer.eps", "1e-9", "run.toml: train: expected a table of settings, got 5"),
     ],
 )
