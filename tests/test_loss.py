@@ -42,7 +42,8 @@ def compare(hidden, weight, targets, chunk_elements, dtype=torch.float32, scale=
     weight64 = weight.detach().to(dtype).double().requires_grad_()
     got, true = linear_cross_entropy(hidden, weight, targets, chunk_elements), naive(hidden64, weight64, targets)
     assert got.dtype == torch.float32 and got.shape == ()
-    assert error(got, true) < TOLERANCE[dtype]
+    # The loss of a token that is nearly certain is a small difference of logits; rounding is judged by theirs.
+    assert (got - true).abs() < TOLERANCE[dtype] * max(true, 0.1 * len(hidden))
     grads = torch.autograd.grad(scale * got, (hidden, weight))
     true_grads = torch.autograd.grad(scale * true, (hidden64, weight64))
     whole = torch.cat([t.flatten() for t in true_grads]).norm().clamp(min=1e-12)
