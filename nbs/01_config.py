@@ -425,14 +425,14 @@ def config_from_tables(tables: dict[str, Any], where: str, options: dict[str, st
         sections["model"] = families[family]
         config = Config(**{name: section_from_table(sections[name], name, table) for name, table in tables.items()})
         if problems := config.problems():
-            raise UserError(problems[0])
+            key, problem = problems[0].split(": ", 1)
+            section, name = key.split(".")
+            default = "" if name in tables.get(section, {}) else " (its default)"
+            raise UserError(f"{key}{default}: {problem}")
         return config
     except UserError as error:
         key, _, problem = str(error).partition(": ")
-        section, dot, name = key.partition(".")
-        default = dot and isinstance(table := tables.get(section, {}), dict) and name not in table
-        place = f"{where}: {key}{' (its default)' if default else ''}"
-        raise UserError(f"{(options or {}).get(key, place)}: {problem}") from None
+        raise UserError(f"{(options or {}).get(key, f'{where}: {key}')}: {problem}") from None
 
 
 # %%

@@ -37,7 +37,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pithtrain.kernels.lang import runs_triton, tl, triton, want
+from pithtrain.kernels.lang import tl, triton, want
 
 
 # %%
@@ -114,6 +114,9 @@ def count_kernel(id_ptr, table_ptr, pairs, experts, E: tl.constexpr, CHUNK: tl.c
 
 
 # %%
+from pithtrain.kernels.lang import runs_triton
+
+
 def show_counts(ids, experts, chunk):
     table = torch.empty(-(-ids.numel() // chunk), experts, dtype=torch.int32)
     count_kernel[(len(table),)](ids, table, ids.numel(), experts, experts, chunk)

@@ -842,8 +842,8 @@ if INTERPRETED:
 # %% [markdown]
 # ## Which runs when
 #
-# [The layer](22_experts.py) decides: these kernels on a GPU, expert by expert on a CPU. Calling `triton_expert_mlp` or
-# `reference_expert_mlp` forces one.
+# [The layer](22_experts.py) decides: these kernels on a GPU, portions of experts on a CPU. Calling `triton_expert_mlp`
+# or `reference_expert_mlp` forces one.
 #
 # ## Where the time goes
 #

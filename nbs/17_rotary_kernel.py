@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pithtrain.kernels.lang import runs_triton, tl, triton, want
+from pithtrain.kernels.lang import tl, triton, want
 
 # %% [markdown]
 # ## The maths
@@ -154,6 +154,8 @@ def triton_rotate(x: Tensor, cos: Tensor, sin: Tensor, neighbours: bool = False)
 # Both ways to pair, forward and backward, against complex numbers:
 
 # %%
+from pithtrain.kernels.lang import runs_triton
+
 if runs_triton(x):
     leaf, grad = x.clone().requires_grad_(), torch.randn_like(x)
     out = triton_rotate(leaf, angles.cos(), angles.sin())

@@ -27,7 +27,7 @@
 import torch
 from torch import Tensor
 
-from pithtrain.kernels.lang import runs_triton, tl, triton, want
+from pithtrain.kernels.lang import tl, triton, want
 
 # %% [markdown]
 # ## The maths
@@ -85,9 +85,12 @@ def triton_adamw(
 
     `grad` may be fp32, bf16 or fp16; it is divided by `scale`, a fp32 scalar, and stays as it is. Raises TypeError or
     ValueError, one line, on bad arguments. Source: arXiv 1711.05101."""
-    want("weight", weight, weight.shape, (torch.float32,))
-    for name, tensor in (("weight", weight), ("mean", mean), ("square", square)):
-        want(name, tensor, weight.shape, (torch.float32,), weight.device)
+    for name, tensor, device in (
+        ("weight", weight, None),
+        ("mean", mean, weight.device),
+        ("square", square, weight.device),
+    ):
+        want(name, tensor, weight.shape, (torch.float32,), device)
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous: it is updated where it is")
     want("grad", grad, weight.shape, (torch.float32, torch.bfloat16, torch.float16), weight.device)
@@ -105,6 +108,8 @@ def triton_adamw(
 # Ten steps beside torch's own AdamW in float64, with and without a scale:
 
 # %%
+from pithtrain.kernels.lang import runs_triton
+
 torch.manual_seed(0)
 rate, decay, beta1, beta2, eps = 1e-2, 0.1, 0.9, 0.999, 1e-8
 for scale in (None, torch.tensor(3.0)):

@@ -125,9 +125,9 @@ def shares(scores: Tensor) -> Tensor:
 
 
 def expert_load(expert_ids: Tensor, experts: int) -> Tensor:
-    """How often each of so many experts is named, (experts,) int64."""
-    chosen = expert_ids.flatten()
-    return torch.zeros(experts, dtype=torch.long, device=chosen.device).scatter_add_(0, chosen, torch.ones_like(chosen))
+    """How often each of so many experts is named along the last axis, (..., experts) int64."""
+    load = torch.zeros(*expert_ids.shape[:-1], experts, dtype=torch.long, device=expert_ids.device)
+    return load.scatter_add_(-1, expert_ids, torch.ones_like(expert_ids))
 
 
 # %%
@@ -146,7 +146,10 @@ def route(
     weights = scores.gather(1, expert_ids)
     weights = shares(weights) if renormalise else weights
     return Routed(
-        weights * scale, expert_ids, shares(scores) if sigmoid else scores, expert_load(expert_ids, len(weight))
+        weights * scale,
+        expert_ids,
+        shares(scores) if sigmoid else scores,
+        expert_load(expert_ids.flatten(), len(weight)),
     )
 
 

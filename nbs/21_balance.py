@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pithtrain.config import BalanceConfig
-from pithtrain.layers.router import Routed
+from pithtrain.layers.router import Routed, expert_load
 
 # %% [markdown]
 # ## Load
@@ -31,9 +31,7 @@ def sequence_load(expert_ids: Tensor, sequences: int, experts: int) -> Tensor:
     """Pairs that each expert gets from each of `sequences` equally long ones, (sequences, experts) int64.
 
     `expert_ids` (T, K) holds the sequences one after the other."""
-    chosen = expert_ids.reshape(sequences, -1)
-    load = torch.zeros(sequences, experts, dtype=torch.long, device=expert_ids.device)
-    return load.scatter_add_(1, chosen, torch.ones_like(chosen))
+    return expert_load(expert_ids.reshape(sequences, -1), experts)
 
 
 # %%

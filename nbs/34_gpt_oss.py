@@ -168,7 +168,7 @@ class TopKSoftmaxRouter(nn.Module):
         """Route `tokens` (T, hidden), in fp32. `Routed.probs` is the softmax over all experts."""
         scores = F.linear(tokens.float(), self.weight.float(), self.score_bias.float())
         expert_ids = torch.topk(scores.detach() + self.bias, self.top_k, dim=-1).indices
-        weights, load = scores.gather(1, expert_ids).softmax(dim=-1), expert_load(expert_ids, scores.shape[1])
+        weights, load = scores.gather(1, expert_ids).softmax(dim=-1), expert_load(expert_ids.flatten(), scores.shape[1])
         return Routed(weights, expert_ids, scores.softmax(dim=-1), load)
 
 

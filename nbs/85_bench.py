@@ -197,7 +197,7 @@ def torch_block(problem: Problem) -> Block:
 torch.testing.assert_close(torch_block(small)(small.tokens), pithtrain_block(small)(small.tokens))
 
 # %% [markdown]
-# Transformers, with the fastest of its implementations of experts.
+# Transformers, with its own grouped product.
 
 
 # %%

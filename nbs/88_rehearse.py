@@ -66,7 +66,7 @@ class Rehearsal(NamedTuple):
 def route_evenly(router: nn.Module, arguments: tuple[Tensor], routed: Routed) -> Routed:
     """Behind a router that has done its work: sends its tokens to experts drawn at random."""
     drawn = torch.rand_like(routed.probs).topk(routed.expert_ids.shape[1]).indices
-    return routed._replace(expert_ids=drawn, load=expert_load(drawn, routed.probs.shape[1]))
+    return routed._replace(expert_ids=drawn, load=expert_load(drawn.flatten(), routed.probs.shape[1]))
 
 
 # %%

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pithtrain.config import BalanceConfig
 from pithtrain.layers.balance import balance_loss, routing_entropy, sequence_load, switch_loss, update_bias
-from pithtrain.layers.router import Routed, expert_load, route
+from pithtrain.layers.router import Routed, route
 
 
 def routing(T, E, K, seed=0, dtype=torch.float32):
@@ -17,6 +17,10 @@ def routing(T, E, K, seed=0, dtype=torch.float32):
     probs = torch.softmax(2 * torch.randn(T, E, generator=generator, dtype=dtype), dim=1)
     weights, expert_ids = probs.topk(K)
     return Routed(weights, expert_ids, probs, expert_load(expert_ids, E))
+
+
+def expert_load(expert_ids, experts):
+    return sequence_load(expert_ids, 1, experts)[0]
 
 
 def sequence_loss(probs, expert_ids, sequences):
