@@ -85,17 +85,14 @@ def triton_adamw(
 
     `grad` may be fp32, bf16 or fp16; it is divided by `scale`, a fp32 scalar, and stays as it is. Raises TypeError or
     ValueError, one line, on bad arguments. Source: arXiv 1711.05101."""
-    for name, tensor, device in (
-        ("weight", weight, None),
-        ("mean", mean, weight.device),
-        ("square", square, weight.device),
-    ):
+    here = weight.device
+    for name, tensor, device in (("weight", weight, None), ("mean", mean, here), ("square", square, here)):
         want(name, tensor, weight.shape, (torch.float32,), device)
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous: it is updated where it is")
-    want("grad", grad, weight.shape, (torch.float32, torch.bfloat16, torch.float16), weight.device)
+    want("grad", grad, weight.shape, (torch.float32, torch.bfloat16, torch.float16), here)
     if scale is not None:
-        want("scale", scale, (), (torch.float32,), weight.device)
+        want("scale", scale, (), (torch.float32,), here)
     if numbers := weight.numel():
         adamw_kernel[(triton.cdiv(numbers, 1024),)](
             weight, grad.contiguous(), mean, square, scale, numbers,
