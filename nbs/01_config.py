@@ -110,7 +110,7 @@ class OptimizerConfig:
 class TrainConfig:
     """How much is trained on, in what pieces."""
 
-    steps: int = knob(200, "optimiser steps", low=1)
+    steps: int = knob(200, "optimiser steps; may change until the learning rate falls", low=1)
     sequence_length: int = knob(256, "tokens of a sequence", low=1)
     batch_size: int = knob(16, "sequences of an optimiser step", low=1)
     micro_batch_size: int = knob(16, "sequences of one forward and backward pass of a rank", low=1, free=True)

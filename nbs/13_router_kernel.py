@@ -7,9 +7,8 @@
 # [the notebook behind it](21_balance.py). The router's arithmetic is small: $T \times E \times H$ multiply-adds, 0.1 to
 # 2 percent of what the experts do. What it costs is traffic and launches. In plain PyTorch a product, a softmax and a
 # top-k write or read a table of $(T, E)$ logits or scores, and a gather, a sum, a division and a count over $(T, K)$
-# follow, each of them a launch. Here a program
-# holds the logits of 64 tokens (16 in fp32, or of more than 256 experts) for *all* experts in registers, and writes
-# each result once:
+# follow, each of them a launch. Here a program holds the logits of 64 tokens (16 in fp32, or of more than 256 experts)
+# for *all* experts in registers, and writes each result once:
 #
 # ```
 # hidden (64, H) ─┐

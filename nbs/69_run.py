@@ -14,7 +14,9 @@
 # | `results.json`, `*.png`, `sample.txt` | written at the end |
 #
 # The same command that started a run goes on with it. A *different* config under the same name is refused:
-# a run folder belongs to one config, and no run overwrites another's files.
+# a run folder belongs to one config, and no run overwrites another's files. One setting may still change, the number
+# of steps, as long as the run cannot know it: [the learning rate](65_optimizer.py) is constant until it falls towards
+# the end, so up to there a long run and a short one are the same, to the bit.
 
 # %%
 #| default_exp train.run
@@ -33,10 +35,19 @@ from pithtrain.config import Config, UserError, differences, load_run_config, to
 from pithtrain.models.build import build
 from pithtrain.models.decoder import Decoder
 from pithtrain.train.checkpoint import checkpoint_path, checkpoint_steps, read_checkpoint
+from pithtrain.train.optimizer import learning_rate
 from pithtrain.train.tokenizer import end_of_text, load_tokenizer
 
 # %% [markdown]
 # ## Whose folder is it?
+
+
+# %%
+#| export
+def end_is_open(config: Config, other: Config, done: int) -> bool:
+    """Whether the first `done` steps have the same learning rates in both configs, and more are to come."""
+    rates = [[learning_rate(step, c.train.steps, c.optimizer) for step in range(1, done + 1)] for c in (config, other)]
+    return rates[0] == rates[1] and done < config.train.steps
 
 
 # %%
@@ -50,11 +61,16 @@ def check_run_folder(config: Config) -> None:
         if not folder.is_dir() or any(folder.iterdir()):
             raise UserError(f"{folder}: exists and is not a run (no config.toml); set run.name to another name")
         return
-    changed = differences(config, load_run_config(folder))
-    if checkpoint_steps(folder / "checkpoints")[-1:] == [0]:  # imported and not trained yet: only the model is settled
+    saved, other = checkpoint_steps(folder / "checkpoints"), load_run_config(folder)
+    changed = differences(config, other)
+    if saved[-1:] == [0]:  # imported and not trained yet: only the model is settled
         changed = [line for line in changed if line.startswith("model.")]
+    if end_is_open(config, other, saved[-1] if saved else 0):
+        changed = [line for line in changed if not line.startswith("train.steps:")]
     if changed:
         cure = "set run.name to another name, or delete the folder"
+        if changed[0].startswith("train.steps:"):
+            cure += "; a run's end can be moved until its learning rate falls"
         raise UserError(f"{folder}: belongs to a run with another config ({'; '.join(changed)}); {cure}")
 
 
@@ -83,8 +99,9 @@ def create_run_folder(config: Config, tokenizer: Path) -> None:
 
 # %%
 import tempfile
+from dataclasses import replace
 
-from pithtrain.config import Qwen3MoeConfig, RunConfig
+from pithtrain.config import Qwen3MoeConfig, RunConfig, TrainConfig
 from pithtrain.train.tokenizer import save_tokenizer, train_tokenizer
 
 scratch = tempfile.TemporaryDirectory()
@@ -95,6 +112,10 @@ config = Config(run=RunConfig(name="demo", folder=scratch.name), model=small)
 check_run_folder(config)
 create_run_folder(config, tokenizer_path)
 check_run_folder(config)  # the same config: its own folder
+check_run_folder(replace(config, train=TrainConfig(steps=1000)))  # longer, but nothing was done yet
+for steps in (1000, 160):
+    longer = replace(config, train=TrainConfig(steps=steps))
+    print(f"of 200 steps 100 are done; {steps} instead: {'go on' if end_is_open(longer, config, 100) else 'refused'}")
 try:
     check_run_folder(Config(run=RunConfig(name="demo", folder=scratch.name)))
 except UserError as error:

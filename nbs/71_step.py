@@ -13,7 +13,8 @@
 
 # %%
 #| export
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pithtrain.config import Config, DecoderConfig
+from pithtrain.config import Config, DecoderConfig, UserError
 from pithtrain.layers.attention import OneRank
 from pithtrain.layers.balance import balance_loss, routing_entropy, sequence_load, update_bias
 from pithtrain.layers.router import Routed
@@ -207,6 +208,51 @@ published = Qwen3MoeConfig(
 print(f"Qwen3-30B-A3B: the head costs {head_cost(published):.1f} layers; over 8 stages",
       *map(len, split_layers(48, 8, 0.1, head_cost(published))))  # fmt: skip
 
+# %% [markdown]
+# A model that is too large must be refused before it is made: a GPU would say so, but an operating system promises
+# memory that it does not have, and kills the process that takes it at its word. Whatever else a step needs, it holds
+# four fp32 numbers a parameter: the weight, its gradient, and AdamW's two averages.
+
+
+# %%
+#| export
+def check_memory(config: Config, places: Iterable[Place], mesh: Mesh) -> None:
+    """Raise UserError where the parts at `places` alone exceed the memory of this rank's device."""
+    with torch.device("meta"):
+        named = [pair for place in places for pair in build(config.model, place).named_parameters()]
+    others, experts = (shards.size(-1) if shards else 1 for shards in (mesh.shards, mesh.expert_shards))
+    held = sum(p.numel() / (experts if ".experts." in name else others) for name, p in named)
+    if mesh.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(mesh.device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 16 * held > memory:
+        takes = f"{held / 1e9:.1f} billion parameters take {16 * held / 2**30:,.0f} GiB with gradients and averages"
+        cure = "lower model.layers, or share them among more ranks"
+        raise UserError(f"model: {takes}, and this rank's device has {memory / 2**30:,.0f}; {cure}")
+
+
+# %%
+from pithtrain.parallel.mesh import Axes
+
+try:
+    check_memory(Config(model=published), [Place()], Mesh(Axes(1, 1, 1, 1)))
+except UserError as error:
+    print(error)
+
+# %% [markdown]
+# What fits so far may still be too much with a microbatch's activations, which only the GPU itself finds out.
+
+
+# %%
+#| export
+def memory_error(error: torch.OutOfMemoryError) -> UserError:
+    """What the GPU said when its memory did not suffice, and what can be done."""
+    said = str(error).partition(". GPU")[0].rstrip(".")
+    return UserError(
+        f"{said}; lower train.micro_batch_size, set train.recompute to experts or layer, or use more ranks"
+    )
+
 
 # %%
 #| export
@@ -225,7 +271,7 @@ class StepResult(NamedTuple):
 class Learner:
     """What one rank trains: its parts of the model, their optimiser, and the engine that runs them.
 
-    Raises UserError where the config cannot be shared along the mesh's axes."""
+    Raises UserError where the config cannot be shared along the mesh's axes, or exceeds the device's memory."""
 
     def __init__(self, config: Config, mesh: Mesh, dtype: torch.dtype = torch.float32):
         check_axes(config, mesh.axes)
@@ -241,11 +287,13 @@ class Learner:
             recompute=train.recompute,
         )
         self.share = place.exchange.share(config.model.experts)
-        self.parts: dict[int, Decoder] = {}
-        for stage in self.schedule.held_by(mesh.coordinates.pp):
-            first, last = stage == 0, stage == self.schedule.stages - 1
-            here = replace(place, layers=splits[stage], first=first, last=last)
-            self.parts[stage] = build_part(config, here, mesh)
+        end = self.schedule.stages - 1
+        places = {
+            stage: replace(place, layers=splits[stage], first=stage == 0, last=stage == end)
+            for stage in self.schedule.held_by(mesh.coordinates.pp)
+        }
+        check_memory(config, places.values(), mesh)
+        self.parts = {stage: build_part(config, here, mesh) for stage, here in places.items()}
         self.optimizer = make_optimizer(dict(self.named_parameters()), config.optimizer)
         self.objectives = {stage: Objective(part, config, mesh) for stage, part in self.parts.items()}
         stages: dict[int, ModuleStage] = {stage: ModuleStage(objective) for stage, objective in self.objectives.items()}
@@ -354,7 +402,6 @@ class Learner:
 
 # %%
 from pithtrain.config import BalanceConfig, Qwen3MoeConfig, TrainConfig
-from pithtrain.parallel.mesh import Axes
 
 small = Qwen3MoeConfig(hidden=64, heads=4, head_dim=16, experts=8, expert_hidden=32, vocab_size=300, layers=2)
 rows = (torch.arange(4 * 33).view(4, 33) * 7) % 31

@@ -38,7 +38,7 @@ from pithtrain.train.metrics import Metrics, check_loggers, read_metrics
 from pithtrain.train.optimizer import learning_rate
 from pithtrain.train.run import Run, check_run_folder, create_run_folder
 from pithtrain.train.shards import Shards, prepare
-from pithtrain.train.step import Learner, StepResult, read_microbatches
+from pithtrain.train.step import Learner, StepResult, memory_error, read_microbatches
 
 # %% [markdown]
 # ## What it runs on
@@ -136,6 +136,8 @@ def train(config: Config, launch: Launch = Launch(), store: dist.Store | None = 
         with process_group(launch, store, device) as own_device:
             mesh = make_mesh(config.mesh, launch.rank, launch.world_size, own_device)
             return run_steps(config, mesh, dtype, shards, batches)
+    except torch.OutOfMemoryError as error:
+        raise memory_error(error) from None
     except OSError as error:
         if disk_full(error):
             raise UserError(f"{config.path}: the disk is full; free some space and run the same command") from None

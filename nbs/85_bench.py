@@ -21,7 +21,7 @@ import importlib.util
 import platform
 import statistics
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -336,10 +336,26 @@ def floor_products(problem: Problem) -> Callable[[], None]:
 # A graphics card's clock follows the power it has just drawn, so each entrant is measured in its own steady state: it
 # runs for a third of a second before anything counts. A card also warms up and cools down over seconds (`turns_ms` in
 # the files shows it), and an entrant that follows the hottest one finds a slower card. So all take turns, as often as
-# there are entrants, each turn beginning with the next one and every other turn going backwards. On a GPU the clock is
-# the GPU's own events, a fresh 256 MB is written before each repetition to empty the cache, and the host runs ahead, as
-# it does in training. The median is reported. Peak memory is what one pass holds beyond weights, tokens and output
-# gradient.
+# there are entrants: every other turn goes backwards, and each pair of turns begins with the next one. On a GPU the
+# clock is the GPU's own events, a fresh 256 MB is written before each repetition to empty the cache, and the host runs
+# ahead, as it does in training. The median is reported. Peak memory is what one pass holds beyond weights, tokens and
+# output gradient.
+
+
+# %%
+#| export
+def in_turns(names: Iterable[str], turns: int) -> Iterator[str]:
+    """All names, as often as there are turns; whom each of them follows changes."""
+    order = list(names)
+    for turn in range(turns):
+        yield from reversed(order) if turn % 2 else order
+        if turn % 2:
+            order = order[1:] + order[:1]
+
+
+# %%
+for turn in range(4):
+    print(*list(in_turns("abc", 4))[3 * turn : 3 * turn + 3])
 
 
 # %%
@@ -395,11 +411,9 @@ def bench_moe(
     runs = {"floor: grouped products alone": floor_products(problem)}
     for name, block in (blocks | {"pithtrain, hottest expert 8x mean": skewed}).items():
         runs[name] = partial(one_pass, block, problem)
-    turns_ms, order = {name: [] for name in runs}, list(runs)
-    for turn in tqdm(range(len(runs)), desc="turns", leave=False):
-        for name in reversed(order) if turn % 2 else order:
-            turns_ms[name].append(median_ms(runs[name], device, repeats))
-        order = order[1:] + order[:1]
+    turns_ms = {name: [] for name in runs}
+    for name in tqdm(list(in_turns(runs, len(runs))), desc="measurements", leave=False):
+        turns_ms[name].append(median_ms(runs[name], device, repeats))
     medians = {name: statistics.median(times) for name, times in turns_ms.items()}
     floor = medians["floor: grouped products alone"]
     with torch.no_grad():

@@ -40,7 +40,7 @@ from pithtrain.parallel.expert import Announced, ExpertExchange, Journey
 from pithtrain.parallel.mesh import check_axes, fit_axes, make_mesh
 from pithtrain.parallel.pipeline.engine import Engine
 from pithtrain.parallel.sharding import on_this_rank
-from pithtrain.train.step import Learner, read_microbatches
+from pithtrain.train.step import Learner, memory_error, read_microbatches
 from pithtrain.train.trainer import choose_compute
 from pithtrain.verify import RandomBatches
 
@@ -128,6 +128,8 @@ def rehearse(config: Config, rank: int, ranks: int, steps: int = 3) -> Rehearsal
         place, name = mesh.coordinates._asdict(), torch.cuda.get_device_name() if cuda else "cpu"
         found = (sum(p.numel() for p in held), imbalance, peak, min(seconds), train.batch_size * train.sequence_length)
         return Rehearsal(rank, ranks, place, name, *found)
+    except torch.OutOfMemoryError as error:
+        raise memory_error(error) from None
     finally:
         if ranks > 1:
             dist.destroy_process_group()

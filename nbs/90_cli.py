@@ -133,7 +133,8 @@ def verify_command(arguments: argparse.Namespace) -> int:
     config = dataclasses.replace(config, mesh=mesh)
     fitted = fit_config(config, ranks)
     for change in differences(fitted, config):
-        print(f"for this mesh: {change}")
+        why = " (a smaller one turns rounding into steps)" if change.startswith("optimizer.eps") else ""
+        print(f"for this comparison: {change}{why}")
     (found,) = verify([fitted], ranks, arguments.steps)
     sizes = [f"{k}={v}" for k, v in vars(mesh).items() if v not in (0, 1) and (k != "schedule" or mesh.pp > 1)]
     print(f"{arguments.steps} steps on {ranks} processes ({','.join(sizes)}) against one, largest relative differences")

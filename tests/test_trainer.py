@@ -215,6 +215,33 @@ def test_a_run_folder_of_another_config_is_left_alone(command, tmp_path, capsys)
     assert cli.main(command("--train.keep", "1")) == 0
 
 
+def test_a_run_gets_longer_from_before_its_learning_rate_fell(command, tmp_path, capsys):
+    """It is then, to the bit, the run that was long from the start."""
+    assert cli.main(command("--train.keep", "3")) == 0
+    assert "moved until its learning rate falls" in refused(capsys, command("--train.steps", "12"))
+    for step in (6, 8):
+        shutil.rmtree(tmp_path / f"runs/demo/checkpoints/step-{step:08d}")
+    assert "train.steps: 3, not 8" in refused(capsys, command("--train.steps", "3"))  # nothing would be left to do
+    assert "optimizer.decay" in refused(capsys, command("--train.steps", "12", "--optimizer.decay", "0.1"))
+    assert cli.main(command("--train.steps", "12")) == 0
+    assert "going on from step 3" in capsys.readouterr().out
+    assert cli.main(command("--train.steps", "12", "--run.name", "straight")) == 0
+    assert records(tmp_path / "runs/demo") == records(tmp_path / "runs/straight")
+    assert same(weights(tmp_path / "runs/demo"), weights(tmp_path / "runs/straight"))
+
+
+def test_too_little_memory_is_said_in_one_line(command, tmp_path, capsys, monkeypatch):
+    assert "billion parameters take" in refused(capsys, command("--model.experts", "100000000"))
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ...")
+
+    monkeypatch.setattr(trainer.Learner, "step", full)
+    message = refused(capsys, command())
+    assert "CUDA out of memory. Tried to allocate 2.00 GiB; lower train.micro_batch_size" in message
+    assert message == refused(capsys, ["rehearse", *command()[1:], "--ranks", "1"])
+
+
 @pytest.mark.parametrize(
     ("more", "expected"),
     [

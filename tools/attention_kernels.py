@@ -12,9 +12,8 @@ import sys
 from unittest.mock import patch
 
 import torch
-from measuring import in_turns
 
-from pithtrain.bench import median_ms
+from pithtrain.bench import in_turns, median_ms
 from pithtrain.kernels import attention
 
 ROWS, LENGTH = 4, 4096

@@ -11,9 +11,8 @@ from importlib.metadata import version
 from unittest.mock import patch
 
 import torch
-from measuring import in_turns
 
-from pithtrain.bench import SHAPES, median_ms
+from pithtrain.bench import SHAPES, in_turns, median_ms
 from pithtrain.layers import clamped_experts
 
 if __name__ == "__main__":

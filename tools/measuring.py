@@ -1,14 +1,8 @@
-"""What the measuring tools share: entrants take turns, and a GPU replays what was launched once."""
+"""A GPU replays what was launched once: without the host, a kernel's own time is left."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
 import torch
-
-
-def in_turns(names: Iterable[str], turns: int) -> Iterator[str]:
-    """All names, as often as there are turns; every other turn goes backwards."""
-    for turn in range(turns):
-        yield from list(names)[:: -1 if turn % 2 else 1]
 
 
 def graph_of(run: Callable[[], object]) -> Callable[[], object]:

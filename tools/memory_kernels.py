@@ -12,9 +12,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from measuring import graph_of, in_turns
+from measuring import graph_of
 
-from pithtrain.bench import median_ms
+from pithtrain.bench import in_turns, median_ms
 from pithtrain.config import OptimizerConfig
 from pithtrain.layers import rotary
 from pithtrain.train.optimizer import make_optimizer
