@@ -106,12 +106,16 @@ def launch_command(arguments: argparse.Namespace) -> int:
 
 # %%
 #| export
-def parse_mesh(text: str, mesh: MeshConfig) -> tuple[MeshConfig, int]:
-    """`mesh` with what `dp=2,ep=2` says, and the ranks that it takes. Raises UserError for what is not a mesh."""
+def parse_mesh(text: str, mesh: MeshConfig, overrides: list[tuple[str, str]]) -> tuple[MeshConfig, int]:
+    """`mesh` with what `dp=2,ep=2` says, and the ranks that it takes.
+
+    Raises UserError for what is not a mesh, and for what `overrides` say too."""
     pairs = [[word.strip() for word in pair.partition("=")] for pair in text.split(",")]
     said = {key: parse_override(value) for key, _, value in pairs}
     if len(said) < len(pairs) or not all(equals for _, equals, _ in pairs):
         raise UserError(f"--mesh: {text!r} is not a list of axes and sizes, each axis once, as in dp=2,ep=2")
+    if twice := [key for key, _ in overrides if key.removeprefix("mesh.") in said]:
+        raise UserError(f"--{twice[0]}: is also in --mesh {text}; give it once")
     mesh = section_from_table(MeshConfig, "--mesh", vars(mesh) | said)
     ranks = mesh.pp * (mesh.dp or mesh.copies) * mesh.cp * mesh.ep
     if ranks == 1:
@@ -124,10 +128,7 @@ def parse_mesh(text: str, mesh: MeshConfig) -> tuple[MeshConfig, int]:
 def verify_command(arguments: argparse.Namespace) -> int:
     """Compare a mesh of CPU processes with one process; 0 where they agree."""
     config = load_config(arguments.config, arguments.overrides)
-    named = {f"mesh.{pair.partition('=')[0].strip()}" for pair in arguments.mesh.split(",")}
-    if both := [key for key, _ in arguments.overrides if key in named]:
-        raise UserError(f"--{both[0]}: is also in --mesh {arguments.mesh}; give it once")
-    mesh, ranks = parse_mesh(arguments.mesh, config.mesh)
+    mesh, ranks = parse_mesh(arguments.mesh, config.mesh, arguments.overrides)
     from pithtrain.verify import fit_config, verify
 
     config = dataclasses.replace(config, mesh=mesh)

@@ -381,10 +381,13 @@ def test_the_command(tmp_path, capsys):
     assert cli.main(["verify", str(config), "--mesh", "ep=2"]) == 0
     out = capsys.readouterr().out
     assert "PASS" in out and "weights" in out
+    assert "optimizer.eps: 1e-06, not 1e-08 (a smaller one turns rounding into steps)" in out
     assert cli.main(["verify", str(config), "--mesh", "ep=2", "--tolerance", "0"]) == 1
     assert "FAIL" in capsys.readouterr().out
     assert cli.main(["verify", str(config), "--mesh", " dp=1, ep = 2", "--steps", "1"]) == 0
     assert "2 processes" in capsys.readouterr().out
+    assert cli.main(["verify", str(config), "--mesh", "ep=2", "--mesh.ep", "2"]) == 2
+    assert "--mesh.ep: is also in --mesh ep=2; give it once" in capsys.readouterr().err
     for mesh, said in (
         ("ep=3", "mesh.ep: 3 does not divide model.experts, 4"),
         ("eq=2", "--mesh.eq: no such setting; known: pp"),
