@@ -12,8 +12,8 @@
 # | machine | Triton | what runs |
 # |---|---|---|
 # | a GPU | compiles | the kernels |
-# | a laptop with `pip install pithtrain[kernels]` | interprets | the very same kernels, slowly, tile by tile in NumPy |
-# | neither | absent | the PyTorch reference that stands beside every kernel |
+# | Linux without one, `pithtrain[kernels]` | interprets | PyTorch; called by name, the very same kernels, slowly |
+# | any other | absent | PyTorch |
 #
 # The middle row is why kernels can be proved right without a GPU. Nor does Triton's compiler need one:
 # `tests/test_kernels_compile.py` has it take every kernel for a Hopper GPU, as it would be launched there. The
@@ -71,13 +71,13 @@ if INTERPRETED:
         _patch_lang_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    # Triton 3.6 turns a loop bound into an int by int(array), which NumPy refuses from 2.4 on
+    # up to Triton 3.6: it turns a loop bound into an int by int(array), which NumPy refuses from 2.4 on
     interpreter._patch_lang_tensor = _patch_with_index
 
 
 # %% [markdown]
-# `runs_triton` decides which implementation runs; `want` is how a kernel refuses its arguments: by name,
-# in one line, before anything is launched.
+# `runs_triton` says whether kernels *can* run; layers use them on CUDA alone. `want` is how a kernel refuses its
+# arguments: by name, in one line, before anything is launched.
 
 
 # %%

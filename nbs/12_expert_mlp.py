@@ -12,7 +12,8 @@
 # $x_t$ has $H$ features, and $a_{tk}$ has $I$, the expert's hidden size. $W_e$ (`gate_up[e]`, $2I \times H$) stacks the
 # gate rows on the up rows; $D_e$ is `down[e]`, $H \times I$. There are $E$ experts, $T$ tokens and $P = TK$ rows, which
 # are the (token, expert) pairs [sorted by expert](11_sort.py). A bar is a gradient:
-# $\bar o_t = \partial L / \partial o_t$.
+# $\bar o_t = \partial L / \partial o_t$. `hidden` is $(g, u)$ of all rows, before the activation. `dispatch` and
+# `combine` move rows within one GPU; those [between ranks](41_expert_parallel.py) do the same on a larger scale.
 
 # %%
 #| default_exp kernels.expert_mlp
@@ -140,7 +141,49 @@ for band in (1, 4, 16, 32, 128):
     print(f"{band:3} down: {read_from_memory(band):6.0f} MB")
 
 # %% [markdown]
-# Few are enough for the cache; with more of them, the 132 tiles in flight share a block of weights among more.
+# Up to 16 each block is read once, so the cache alone would allow even 1. With 16, more of the 132 tiles in flight
+# share a block of weights.
+
+
+# %% [markdown]
+# Which blocks: 128 x 256 with 64 deep is the largest tile whose accumulator fits the registers of two
+# warpgroups, and larger tiles read the cache less. On the CPU the interpreter gets small blocks, so that
+# small problems still have many tiles. float32 runs on the ordinary arithmetic units, exactly, and slowly.
+#
+# `rows`, `columns` and `inner` are the kernels' `BM`, `BN` and `BK`. A *stage* is a block of each operand in shared
+# memory, 48 KB together: while one is multiplied, the next are on their way. Of the 227 KB that a multiprocessor of an
+# H100 has, *up* needs 224: four stages, and half a tile on its way out. The plain products store whole tiles, 64 KB,
+# beside which there is room for three.
+
+
+# %%
+#| export
+class Blocks(NamedTuple):
+    """The tile of a grouped product and how a program runs it."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int = 8
+    stages: int = 4
+
+
+def blocks_for(tensor: Tensor) -> Blocks:
+    """Blocks for this device and dtype; half precision on an H100 is what they were measured on."""
+    if INTERPRETED:
+        return Blocks(16, 32, 16)
+    if tensor.dtype == torch.float32:
+        return Blocks(64, 64, 32, warps=4, stages=2)
+    if torch.cuda.get_device_capability(tensor.device)[0] < 9:
+        return Blocks(128, 128, 32, stages=3)
+    return Blocks(128, 256, 64)
+
+
+def programs_on(tensor: Tensor) -> int:
+    """How many persistent programs to launch: one for each multiprocessor; three for the interpreter."""
+    if INTERPRETED:
+        return 3
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
 # %%
@@ -191,42 +234,6 @@ for n, (r, c, e) in enumerate(walk([9, 3, 0, 19, 4, 6], across=3, rows=4, band=3
     ax.text(c + 0.5, r + 0.5, n, ha="center", va="center", fontsize=7)
 ax.set(xlim=(0, 3), ylim=(12, 0), title="The order of tiles", xlabel="block of columns", ylabel="tile of rows")
 fig
-
-# %% [markdown]
-# Which blocks: 128 x 256 with 64 deep is the largest tile whose accumulator fits the registers of two
-# warpgroups, and larger tiles read the cache less. On the CPU the interpreter gets small blocks, so that
-# small problems still have many tiles. float32 runs on the ordinary arithmetic units, exactly, and slowly.
-
-
-# %%
-#| export
-class Blocks(NamedTuple):
-    """The tile of a grouped product and how a program runs it."""
-
-    rows: int
-    columns: int
-    inner: int
-    warps: int = 8
-    stages: int = 4
-
-
-def blocks_for(tensor: Tensor) -> Blocks:
-    """Blocks for this device and dtype; half precision on an H100 is what they were measured on."""
-    if INTERPRETED:
-        return Blocks(16, 32, 16)
-    if tensor.dtype == torch.float32:
-        return Blocks(64, 64, 32, warps=4, stages=2)
-    if torch.cuda.get_device_capability(tensor.device)[0] < 9:
-        return Blocks(128, 128, 32, stages=3)
-    return Blocks(128, 256, 64)
-
-
-def programs_on(tensor: Tensor) -> int:
-    """How many persistent programs to launch: one for each multiprocessor; three for the interpreter."""
-    if INTERPRETED:
-        return 3
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
-
 
 # %% [markdown]
 # ## Two ways to the rows of an expert
@@ -327,8 +334,9 @@ def block_of_rows(x, at, start, H: tl.constexpr, BK: tl.constexpr, IN_ORDER: tl.
 def swiglu(gate, up, CLAMPED: tl.constexpr):
     """silu(gate) * up, or the form of layers.clamped_experts; and its derivatives by gate and by up. In fp32."""
     if CLAMPED:
-        g = tl.minimum(gate, 7.0)
-        u = tl.minimum(tl.maximum(up, -7.0), 7.0) + 1
+        # a GPU's minimum hides NaN, unless told otherwise
+        g = tl.minimum(gate, 7.0, tl.PropagateNan.ALL)
+        u = tl.minimum(tl.maximum(up, -7.0, tl.PropagateNan.ALL), 7.0, tl.PropagateNan.ALL) + 1
         s = tl.sigmoid(1.702 * g)
         by_gate = tl.where(gate <= 7.0, u * s * (1 + 1.702 * g * (1 - s)), 0.0)
         by_up = tl.where(tl.abs(up) <= 7.0, g * s, 0.0)
@@ -506,10 +514,12 @@ def combine_kernel(
 
 # %%
 #| export
-def combine(y: Tensor, order: Sorted, weights: Tensor | None, partials: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """out (T, H) from expert rows y (P, H), weighted by weights (T, K) or not; and partials (n, P) as (T, K)."""
+def combine(
+    y: Tensor, order: Sorted, weights: Tensor | None, partials: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """out (T, H) from expert rows y (P, H), weighted by weights (T, K) or not; and summed partials (n, P), (T, K)."""
     (T, K), H = order.slot.shape, y.shape[1]
-    out, d_weights = y.new_empty(T, H), order.slot.new_empty((T, K), dtype=torch.float32)
+    out, d_weights = y.new_empty(T, H), None if partials is None else partials.new_empty(T, K)
     width = min(1024, triton.next_power_of_2(H))
     combine_kernel[(T, triton.cdiv(H, width))](
         y, order.slot, weights, partials, out, d_weights, len(y),
@@ -600,7 +610,7 @@ def activation_gradient_kernel(
 #| export
 def activation_gradient(
     grad: Tensor, down: Tensor, weights: Tensor, hidden: Tensor, order: Sorted, in_order: bool = False,
-    clamped: bool = False, blocks: Blocks | None = None,
+    clamped: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """d_hidden (P, 2I), weight * activated (P, I) and partial sums (n, P) of d_weights.
 
@@ -645,11 +655,10 @@ if INTERPRETED:
 #
 # For each expert, (left rows)ᵀ (right rows), summed over its rows. One side is sorted and regular, the other is
 # gathered token by token (or both are in order, and PyTorch's grouped product does it): `d_gate_up` gathers tokens on
-# the right, `d_down` gathers `grad` on the left. Here the
-# *inner* dimension is ragged: a last block reaches into the next expert's rows. There the gathered side is masked to
-# zero, and with it the product, as long as the numbers on the regular side are finite; a token that is not spoils the
-# gradients of two experts and not of one, in a step that is lost anyway. A gathered row costs an address, so the
-# gathered side is the narrow one of the tile.
+# the right, `d_down` gathers `grad` on the left. Here the *inner* dimension is ragged: a last block reaches into the
+# next experts' rows. There the gathered side is masked to zero, and with it the product, as long as the regular side is
+# finite. A row of NaN spoils, besides its own expert, those just before it whose last block reaches it; that step is
+# lost anyway. A gathered row costs an address, so the gathered side is the narrow one of the tile.
 
 
 # %%
@@ -842,18 +851,17 @@ if INTERPRETED:
 # %% [markdown]
 # ## Which runs when
 #
-# [The layer](22_experts.py) decides: these kernels on a GPU, portions of experts on a CPU. Calling `triton_expert_mlp`
-# or `reference_expert_mlp` forces one.
+# [The layer](22_experts.py) decides: these kernels on a GPU, portions of experts on a CPU. `reference_expert_mlp` is
+# there to test both against.
 #
 # ## Where the time goes
 #
 # Each product alone, on an H100 (`tools/expert_products.py`), beside PyTorch's grouped product of the same size. Ours
-# do more: *up* applies SwiGLU, and *d activated* SwiGLU's gradient and the router weights'. *Gathering* finds its rows
-# token by token, *in order* reads rows that `dispatch` wrote; three dispatches come with it. Of rows in order
-# `grouped_mm` itself makes the weight gradients, hence no figure there. The last line adds up what depends on the way,
-# with those and the dispatches. What order speeds up is *up* and most weight gradients, not *d activated*. Each stands
-# for one product in its own steady state, on the day that is given, a day before tiles went in bands; in the whole
-# block the card's clock is another.
+# do more: *up* applies SwiGLU, and *d activated* SwiGLU's gradient and the router weights'. *Gathering* finds rows
+# token by token; *in order* reads what `dispatch` wrote. In order, the weight gradients are `grouped_mm`'s own, so that
+# column is empty there. The last line sums what differs: *gathering*; or *in order*, `grouped_mm`'s two weight
+# gradients, and three dispatches. What order speeds up is *up* and most weight gradients, not *d activated*. Each was
+# timed alone, before tiles went in bands; within a block the card's clock is another.
 
 # %%
 import json

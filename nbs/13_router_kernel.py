@@ -15,7 +15,7 @@
 #                 ├─ product in fp32 ─▶ scores (64, E) ─┬─▶ probs (T, E) fp32, for balance losses and backward
 # router (E, H) ──┘        in registers                 ├─▶ K times: take the best, strike it out
 #                                                       │        └─▶ expert_ids, weights (T, K)
-#                                                       └─▶ counts (E,): how many tokens chose each expert
+#                                                       └─▶ load (E,): how many tokens chose each expert
 # ```
 #
 # In bytes, for 16,384 tokens of Qwen3-30B-A3B ($H = 2048$, $E = 128$, $K = 8$) in bf16:
@@ -57,13 +57,13 @@ from pithtrain.kernels.lang import INTERPRETED, tl, triton, want, wanted
 
 # %%
 #| export
-class Routing(NamedTuple):
+class Routed(NamedTuple):
     """Where tokens go. T tokens, K = top_k, E experts."""
 
     weights: Tensor  #: (T, K) fp32, what each chosen expert's output is multiplied by
     expert_ids: Tensor  #: (T, K) int64, the chosen experts, best first
-    probs: Tensor  #: (T, E) fp32, softmax or sigmoid scores, differentiable, for balance losses
-    counts: Tensor  #: (E,) int32, how many tokens chose each expert
+    probs: Tensor  #: (T, E) fp32, softmax or sigmoid scores, for balance losses
+    load: Tensor  #: (E,) integers, how many tokens chose each expert
 
 
 # %%
@@ -71,7 +71,7 @@ class Routing(NamedTuple):
 def reference_route(
     hidden: Tensor, router_weight: Tensor, top_k: int, bias: Tensor | None = None,
     renormalise: bool = True, sigmoid: bool = False, scale: float = 1.0,
-) -> Routing:  # fmt: skip
+) -> Routed:  # fmt: skip
     """`triton_route` in plain PyTorch, in fp32 or, for float64 inputs, in float64."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     logits = hidden.to(wide) @ router_weight.to(wide).T
@@ -81,17 +81,17 @@ def reference_route(
     weights = probs.gather(1, expert_ids)
     if renormalise:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # a bias can choose scores that are all 0
-    counts = torch.bincount(expert_ids.flatten(), minlength=len(router_weight)).int()
-    return Routing(weights * scale, expert_ids, probs, counts)
+    load = torch.bincount(expert_ids.flatten(), minlength=len(router_weight)).int()
+    return Routed(weights * scale, expert_ids, probs, load)
 
 
 # %%
 torch.manual_seed(0)
 hidden, router_weight = torch.randn(40, 16), torch.randn(6, 16) / 4
-routing = reference_route(hidden, router_weight, top_k=2)
+routed = reference_route(hidden, router_weight, top_k=2)
 for t in range(3):
-    print(f"token {t}: experts {routing.expert_ids[t].tolist()} with weights {routing.weights[t].tolist()}")
-print("load", routing.counts.tolist())
+    print(f"token {t}: experts {routed.expert_ids[t].tolist()} with weights {routed.weights[t].tolist()}")
+print("load", routed.load.tolist())
 
 # %% [markdown]
 # ## Forward
@@ -137,7 +137,8 @@ def route_kernel(
     tl.store(prob_ptr + t[:, None] * E + e[None, :], probs, mask=(t[:, None] < T) & (e[None, :] < E))
     left = probs
     if BIASED:  # a bias of minus infinity must not look like an expert that was struck out
-        left = tl.maximum(left + tl.load(bias_ptr + e, mask=e < E, other=0.0)[None, :], -1e38)
+        left += tl.load(bias_ptr + e, mask=e < E, other=0.0)[None, :]
+        left = tl.where(left == float("-inf"), -1e38, left)
     left = tl.where(e[None, :] < E, left, float("-inf"))
     j = tl.arange(0, KW)
     ids = tl.zeros([BT, KW], tl.int32)
@@ -232,23 +233,23 @@ class Route(torch.autograd.Function):
         width, small = max(16, triton.next_power_of_2(E)), INTERPRETED
         weights, probs = (hidden.new_empty(T, n, dtype=torch.float32) for n in (top_k, E))
         expert_ids = torch.empty(T, top_k, dtype=torch.int64, device=hidden.device)
-        counts = torch.zeros(E, dtype=torch.int32, device=hidden.device)
+        load = torch.zeros(E, dtype=torch.int32, device=hidden.device)
         exact = torch.float32 in (hidden.dtype, router_weight.dtype)
         rows = 16 if small or exact or width > 256 else 64
         route_kernel[(triton.cdiv(T, rows),)](
-            hidden, router_weight, bias, weights, expert_ids, probs, counts, T, scale,
+            hidden, router_weight, bias, weights, expert_ids, probs, load, T, scale,
             H, E, top_k, width, triton.next_power_of_2(top_k),
             bias is not None, renormalise, sigmoid, rows, 16 if small or exact else 64, num_warps=4,
         )  # fmt: skip
         ctx.save_for_backward(hidden, router_weight, expert_ids, probs)
-        ctx.mark_non_differentiable(expert_ids, counts)
+        ctx.mark_non_differentiable(expert_ids, load)
         ctx.set_materialize_grads(False)
         ctx.rule = (renormalise, sigmoid, scale)
-        return weights, expert_ids, probs, counts
+        return weights, expert_ids, probs, load
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_weights, _ids, d_probs, _counts):
+    def backward(ctx, d_weights, _ids, d_probs, _load):
         hidden, router_weight, expert_ids, probs = ctx.saved_tensors
         renormalise, sigmoid, scale = ctx.rule
         (T, E), K = probs.shape, expert_ids.shape[1]
@@ -272,7 +273,7 @@ class Route(torch.autograd.Function):
 def triton_route(
     hidden: Tensor, router_weight: Tensor, top_k: int, bias: Tensor | None = None,
     renormalise: bool = True, sigmoid: bool = False, scale: float = 1.0,
-) -> Routing:  # fmt: skip
+) -> Routed:  # fmt: skip
     """Route `hidden` (T, H) by `router_weight` (E, H), each in float32, bfloat16 or float16.
 
     Scores are the softmax over experts, or the sigmoid; `bias` (E,) float32 is added for the choice alone. The
@@ -291,7 +292,7 @@ def triton_route(
         raise ValueError(f"top_k is {top_k}; want 1 to {E}, the number of experts")
     if T == 0:
         return reference_route(hidden, router_weight, top_k, bias, renormalise, sigmoid, scale)
-    return Routing(
+    return Routed(
         *Route.apply(hidden.contiguous(), router_weight.contiguous(), top_k, bias, renormalise, sigmoid, scale)
     )
 
@@ -306,7 +307,7 @@ def worst_error(T, H, E, K, **options):
     x, r = torch.randn(T, H, requires_grad=True), (torch.randn(E, H) / H**0.5).requires_grad_()
     x64, r64 = (t.detach().double().requires_grad_() for t in (x, r))
     ours, true = triton_route(x, r, K, **options), reference_route(x64, r64, K, **options)
-    assert torch.equal(ours.expert_ids, true.expert_ids) and torch.equal(ours.counts, true.counts)
+    assert torch.equal(ours.expert_ids, true.expert_ids) and torch.equal(ours.load, true.load)
     dw, dp = torch.randn(T, K), torch.randn(T, E)
     ((ours.weights * dw).sum() + (ours.probs * dp).sum()).backward()
     ((true.weights * dw).sum() + (true.probs * dp).sum()).backward()
@@ -331,7 +332,7 @@ if INTERPRETED:
 import matplotlib.pyplot as plt
 
 lifts = torch.linspace(0, 0.4, 21)
-loads = torch.stack([reference_route(hidden, router_weight, 2, torch.eye(6)[0] * lift).counts for lift in lifts])
+loads = torch.stack([reference_route(hidden, router_weight, 2, torch.eye(6)[0] * lift).load for lift in lifts])
 fig, ax = plt.subplots(figsize=(6, 3))
 ax.stackplot(lifts, loads.T, labels=[f"expert {e}" for e in range(6)], alpha=0.7)
 ax.set(title="Load against the bias of expert 0", xlabel="bias of expert 0", ylabel="(token, expert) pairs")

@@ -304,5 +304,5 @@ def gather_sum(values: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
 assert torch.equal(gather_sum(values, plan.rows, plan.slots), reference_gather_sum(values, plan.rows, plan.slots))
 
 # %% [markdown]
-# What both take on a GPU, beside what their bytes would take, stands in [expert parallelism](41_expert_parallel.py),
-# which moves the rows. Next: [rotation](17_rotary_kernel.py) of queries and keys.
+# What both take on a GPU, beside what their bytes would take, stands in [the benchmark](85_bench.py);
+# [expert parallelism](41_expert_parallel.py) moves the rows. Next: [rotation](17_rotary_kernel.py) of queries and keys.

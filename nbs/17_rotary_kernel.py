@@ -65,8 +65,8 @@ print("lengths before", x[0, 0, 0].norm().item(), "and after", turn(x, angles)[0
 # next (`STEP`), and from a pair's first feature to its second (`APART`). Halves, $(x_i, x_{i + d/2})$, have 1 and
 # $d / 2$; neighbours, $(x_{2i}, x_{2i+1})$, have 2 and 1. Sums are in fp32, and rounded once.
 #
-# Tokens are counted through the batch, so token $t$ stands at row $t$ of a table that has one for each of them, and at
-# row $t \bmod S$ of one that all sequences share: $t$ modulo the table's rows, both times.
+# Token $t$ is counted through the batch. Its angles are in row $t \bmod$ `table_rows`: a table has $S$ rows, for all
+# sequences, or $T$, one for each token.
 
 
 # %%
@@ -107,7 +107,7 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, neighbours: bool, sign: float) -
         x = x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
-        tokens, pairs, block = batch * sequence, head_dim // 2, 4  # of 1 to 16 tokens and 1 to 8 warps
+        tokens, pairs, block = batch * sequence, head_dim // 2, 4  # with 2 warps: fastest of 1 to 16, and 1 to 8
         rotate_kernel[(triton.cdiv(tokens, block),)](
             x, cos, sin, out, tokens, sequence, cos.numel() // pairs, heads, *x.stride()[:3], sign,
             pairs, triton.next_power_of_2(pairs), 2 if neighbours else 1, 1 if neighbours else pairs, block,
@@ -163,8 +163,11 @@ if runs_triton(x):
     torch.testing.assert_close(out, turn(x, angles))
     torch.testing.assert_close(leaf.grad, turn(grad, -angles))
     to_neighbours = torch.arange(head_dim).view(2, -1).t().flatten()  # 0, 4, 1, 5, ...
-    out = triton_rotate(x[..., to_neighbours], angles.cos(), angles.sin(), neighbours=True)
+    leaf = x[..., to_neighbours].clone().requires_grad_()
+    out = triton_rotate(leaf, angles.cos(), angles.sin(), neighbours=True)
+    out.backward(grad[..., to_neighbours])
     torch.testing.assert_close(out, turn(x, angles)[..., to_neighbours])
+    torch.testing.assert_close(leaf.grad, turn(grad, -angles)[..., to_neighbours])
 
 # %% [markdown]
 # ## On a GPU

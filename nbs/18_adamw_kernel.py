@@ -8,9 +8,9 @@
 # gradient and two averages, and changes three of them: in fp32 that is 4 · 4 + 3 · 4 = 28 bytes.
 #
 # [Clipping](43_sharding.py) wants every gradient divided by one number first, $c = \max(1, \lVert g \rVert /
-# \text{limit})$ with the norm of all gradients together. In a pass of its own that reads and writes all of them again,
-# 8 bytes. torch's fused AdamW does it in the same pass, but then writes the gradients back, though nobody reads them
-# again: 4 bytes.
+# \text{limit})$ with the norm of all gradients together, for which each is read once, 4 bytes that no row below counts.
+# Divided in a pass of its own, it is read and written again, 8 bytes. torch's fused AdamW does it in the same pass, but
+# then writes the gradients back, though nobody reads them again: 4 bytes.
 #
 # ```
 #                        read                  write              bytes

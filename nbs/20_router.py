@@ -12,14 +12,12 @@
 
 # %%
 #| export
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pithtrain.kernels.lang import runs_triton
-from pithtrain.kernels.router import triton_route
+from pithtrain.kernels.router import Routed, triton_route
 
 # %% [markdown]
 # ## The maths
@@ -100,18 +98,8 @@ for best in (1, 2):
 # the fourth digit would tie in bfloat16, and a tie broken differently on two machines is a different model.
 #
 # A bias can choose experts whose probabilities have all underflowed to zero. `TINY` makes their weights zero
-# then, and not the quotient of two zeros.
-
-
-# %%
-#| export
-class Routed(NamedTuple):
-    """Where tokens go. T tokens, K = top_k, E experts."""
-
-    weights: Tensor  #: (T, K) fp32, what each chosen expert's output is multiplied by
-    expert_ids: Tensor  #: (T, K) int64, the chosen experts, best first
-    probs: Tensor  #: (T, E) fp32, the router's probabilities, for balance losses
-    load: Tensor  #: (E,) integers, how many tokens chose each expert
+# then, and not the quotient of two zeros. What comes out is [the kernel's](13_router_kernel.py) `Routed`: `weights` and
+# `expert_ids` (T, K), and what a [balance loss](21_balance.py) asks for, `probs` (T, E) and each expert's `load` (E,).
 
 
 # %%
@@ -220,9 +208,7 @@ class Router(nn.Module):
         """`forward` by the kernel, for experts in one group; `load` is int32."""
         scoring = (self.renormalise, self.sigmoid, self.scale)
         found = triton_route(tokens, self.weight.to(tokens.dtype), self.top_k, self.bias, *scoring)
-        return Routed(
-            found.weights, found.expert_ids, shares(found.probs) if self.sigmoid else found.probs, found.counts
-        )
+        return found._replace(probs=shares(found.probs)) if self.sigmoid else found
 
 
 # %% [markdown]

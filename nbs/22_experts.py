@@ -131,8 +131,9 @@ print("norms of the experts' gradients:", [round(norm, 2) for norm in found.flat
 # ## Forward and backward by hand
 #
 # Of the intermediates only the input of the activation, $h = [g, u] = [G x, U x]$ (`pre`), is kept for the backward;
-# the rest is cheap to compute again. With $a = \operatorname{silu}(g) \odot u$ (`activated`), $\bar y$ the gradient of
-# a token's output and $z = D^\top \bar y$ (`grad_activated`, before it is weighted), the gradients are, for each pair,
+# the rest is cheap to compute again. The code weighs $a$ rather than $D a$: the same, and $a$ is in the cache. With $a
+# = \operatorname{silu}(g) \odot u$ (`activated`), $\bar y$ the gradient of a token's output and $z = D^\top \bar y$
+# (`grad_activated`, before it is weighted), the gradients are, for each pair,
 #
 # $$\bar w = \langle z, a \rangle, \qquad
 #   \bar h = [\,w\,z \odot u \odot \operatorname{silu}'(g),\; w\,z \odot \operatorname{silu}(g)\,], \qquad

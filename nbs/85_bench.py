@@ -39,7 +39,7 @@ from pithtrain.models.stages import AtHome, Exchange
 # %% [markdown]
 # ## Shapes
 #
-# Published models' MoE blocks, by their sizes alone.
+# Three published models' MoE blocks, by their sizes alone, and one for a CPU that is in a hurry.
 
 
 # %%
@@ -337,7 +337,7 @@ def floor_products(problem: Problem) -> Callable[[], None]:
 # runs for a third of a second before anything counts. A card also warms up and cools down over seconds (`turns_ms` in
 # the files shows it), and an entrant that follows the hottest one finds a slower card. So all take turns, as often as
 # there are entrants: every other turn goes backwards, and each pair of turns begins with the next one. On a GPU the
-# clock is the GPU's own events, a fresh 256 MB is written before each repetition to empty the cache, and the host runs
+# clock is the GPU's own events, 256 MB are overwritten before each repetition to empty the cache, and the host runs
 # ahead, as it does in training. The median is reported. Peak memory is what one pass holds beyond weights, tokens and
 # output gradient.
 
@@ -502,9 +502,9 @@ fig
 # %% [markdown]
 # ## On an H100
 #
-# `pithtrain bench moe --shape NAME --json FILE` writes what it measured. The files in `docs/benchmarks/` come from one
-# H100; here they are, as multiples of each shape's floor. The part of a bar beyond 1 is what an implementation adds
-# to the matrix products.
+# `pithtrain bench moe --shape NAME --json FILE` writes what it measured. The files `docs/benchmarks/moe-*.json` come
+# from one H100; here they are, as multiples of each shape's floor. The part of a bar beyond 1 is what an implementation
+# adds to the matrix products.
 
 # %%
 from pathlib import Path
@@ -530,10 +530,10 @@ fig
 #
 # What [expert parallelism](41_expert_parallel.py) adds on a rank, apart from the wire (`tools/dispatch_cost.py`
 # measures it). First the kernels that find and add up rows, as on one rank of eight, beside the time in which an
-# H100's memory moves the bytes that they cannot avoid moving. Such kernels end so soon that a host cannot launch
-# them fast enough: replayed from a CUDA graph, they show the time of the device alone. Then the whole block, forward
-# and backward, at home and through an exchange over a group of one rank: every token is gathered, sent by the rank
-# to itself, brought back and added up.
+# H100's memory moves the bytes that they cannot avoid moving. Replayed from a CUDA graph they take as long as launched
+# one by one, so the host does not hold them up: `gather_sum` is near the memory's speed, and `plan_rows`, two launches
+# over 8 MB, is bound by latency and not by its bytes. Then the whole block, forward and backward, at home and through
+# an exchange over a group of one rank: every token is gathered, sent by the rank to itself, brought back and added up.
 
 # %%
 file = home and home / "docs" / "benchmarks" / "dispatch-h100.json"

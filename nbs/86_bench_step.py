@@ -8,7 +8,7 @@
 # is reported beside the speeds is their *ratio*.
 #
 # The peer is what one would write without PithTrain: the model of `transformers`, `cross_entropy`, `clip_grad_norm_`,
-# fused AdamW. It has several implementations of its experts; each takes part.
+# fused AdamW. Of its implementations of experts two take part: `eager`, a loop over experts, and `grouped_mm`.
 
 # %%
 #| default_exp bench_step
@@ -122,7 +122,14 @@ def transformers_step(config: Config, experts_implementation: str) -> Step:
 #| export
 KINDS = {
     "attention": ("flash", "fmha", "scaled_dot_product", "sdpa"),
-    "our experts' kernels": ("up_kernel", "product_kernel", "gradient_kernel", "combine_kernel", "dispatch_kernel"),
+    "our experts' kernels": (
+        "up_kernel",
+        "product_kernel",
+        "activation_gradient",
+        "weight_gradient",
+        "combine_kernel",
+        "dispatch_kernel",
+    ),
     "matrix products": (
         "aten::mm",
         "aten::addmm",
@@ -167,9 +174,10 @@ def step_profile(step: Step, ids: Tensor) -> dict[str, dict[str, float]]:
 # ## FLOPs
 #
 # Of a model, not of a machine: what a step must multiply, whatever is computed twice. Each parameter of a product takes
-# part in one multiply-add of a token forward and two backward, 6 FLOPs, and causal attention over $S$ positions adds $6
-# S$ for each feature of all heads; the embedding is looked up and costs none. Divided by time and by what the device
-# can do, this is the *model FLOPs utilisation* (Chowdhery and others, arXiv 2204.02311).
+# part in one multiply-add of a token forward and two backward, 6 FLOPs; in each layer, causal attention over $S$
+# positions adds $6 S$ for each feature of all heads (counted here for Qwen3-MoE alone, so that other models' figures
+# are too low); the embedding is looked up and costs none. Divided by time and by what the device can do, this is the
+# *model FLOPs utilisation* (Chowdhery and others, arXiv 2204.02311).
 
 
 # %%
@@ -348,7 +356,8 @@ if file.exists():
 
 # %% [markdown]
 # AdamW runs at nine tenths of the data sheet's speed; even at all of it, it would be a sixth of this step. Its share
-# falls with more tokens in a step, and with ranks that share the weights. The kernels that the file names, by kind:
+# falls with more tokens in a step, and with ranks that share the weights. The 25 longest kernels, which the file names,
+# by kind. They are told apart more finely than when the file was written: hence its 16 % of everything else above.
 
 # %%
 if file.exists():
@@ -359,5 +368,6 @@ if file.exists():
     print(f"{'not named':24}{spent - named:6.1f} ms, {(spent - named) / spent:5.1%}")
 
 # %% [markdown]
-# Beside products, attention and AdamW nothing is a tenth of the step. The feature norms run as torch's kernels, forward
-# and backward; kernels of our own could save at most these 4 %, and were not written.
+# Beside products and AdamW nothing is a tenth of the step. The feature norms run as torch's kernels, forward and
+# backward; kernels of our own would save less than the 4 % that they take, or 8 % if all that is not named were norms,
+# and were not written.

@@ -190,6 +190,17 @@ def test_the_kernels_compute_the_same(T, H, E, K, D, absent, monkeypatch):
     assert calls
 
 
+@pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or Triton's interpreter")
+def test_the_kernels_pass_nan_on(monkeypatch):
+    """The clamp of a GPU would hide it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layer, tokens, ids, weights = make(9, 16, 4, 2, 24)
+    tokens[3] = torch.nan
+    monkeypatch.setattr(clamped_experts, "kernels_take", lambda *_: True)
+    output = layer.to(device)(tokens.to(device), ids.to(device), weights.to(device))
+    assert output.isnan().any(dim=1).tolist() == [t == 3 for t in range(9)] and output[3].isnan().all()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("T, H, E, K, D", [(100, 256, 16, 4, 384), (77, 40, 5, 2, 24), (1, 64, 4, 1, 64)])

@@ -129,7 +129,8 @@ def sums(values, plan, limit=1e-6):
         assert got.dtype == values.dtype and got.shape == true.shape
         # Triton's interpreter does not round to bfloat16 but cuts off, which is twice as far
         cut = 2 if lang.INTERPRETED and run is dispatch.triton_gather_sum and values.dtype == torch.bfloat16 else 1
-        assert (got.double() - true).norm() <= cut * limit * true.norm(), run.__name__
+        scale = max(true.norm(), values.double().norm())  # rows that cancel leave less than what is rounded
+        assert (got.double() - true).norm() <= cut * limit * scale, run.__name__
 
 
 @pytest.mark.parametrize("width", [1, 7, 512, 1024, 1300])

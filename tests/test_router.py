@@ -188,7 +188,7 @@ def test_layer_routes_saves_its_bias_and_makes_no_gradient_without_grad():
 
 
 @pytest.mark.skipif(not lang.HAS_TRITON, reason="Triton is not installed")
-@pytest.mark.skipif(not lang.INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.skipif(not (lang.INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or Triton's interpreter")
 @pytest.mark.parametrize("renormalise", [True, False])
 @pytest.mark.parametrize("sigmoid", [True, False])
 def test_the_kernel_routes_as_the_layer_does_without_it(sigmoid, renormalise):
@@ -196,9 +196,14 @@ def test_the_kernel_routes_as_the_layer_does_without_it(sigmoid, renormalise):
     layer = Router(16, 8, 3, renormalise, sigmoid, scale=2.5)
     layer.weight.data.copy_(weight)
     layer.bias.copy_(torch.randn(8) / 8)
-    seeds = torch.randn(20, 3), torch.randn(20, 8)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokens, layer = tokens.to(device), layer.to(device)
+    seeds = torch.randn(20, 3, device=device), torch.randn(20, 8, device=device)
     grads = []
-    for routed in (layer(tokens), layer.by_kernel(tokens)):
+    for routed in (
+        route(tokens, layer.weight, layer.bias, 3, renormalise, sigmoid, 2.5),
+        layer.by_kernel(tokens),
+    ):
         (grad,) = torch.autograd.grad((routed.weights, routed.probs), layer.weight, seeds)
         grads.append((routed, grad))
     (plain, plain_grad), (kernel, kernel_grad) = grads

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pithtrain.config import Config, MeshConfig, load_config
+from pithtrain.config import Config, MeshConfig, UserError, load_config
 from pithtrain.parallel.mesh import Mesh, fit_axes, make_mesh
 from pithtrain.parallel.pipeline.engine import in_turn
 from pithtrain.train.step import Learner, read_microbatches
@@ -108,7 +108,7 @@ def speeds(rank: int, world: int, device: torch.device, found: dict[str, dict]) 
                 mesh = make_mesh(mesh, rank, world, device)
             try:
                 found[f"{name}, {label}"] = speed(config, mesh, count, micro, "in turn" not in label)
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, UserError):
                 found[f"{name}, {label}"] = {"out_of_memory": True}
             dist.barrier()
             if rank == 0:
