@@ -143,9 +143,7 @@ for band in (1, 4, 16, 32, 128):
 # %% [markdown]
 # Up to 16 each block is read once, so the cache alone would allow even 1. With 16, more of the 132 tiles in flight
 # share a block of weights.
-
-
-# %% [markdown]
+#
 # Which blocks: 128 x 256 with 64 deep is the largest tile whose accumulator fits the registers of two
 # warpgroups, and larger tiles read the cache less. On the CPU the interpreter gets small blocks, so that
 # small problems still have many tiles. float32 runs on the ordinary arithmetic units, exactly, and slowly.
