@@ -72,12 +72,13 @@ def test_links_to_sources_lead_to_pages():
 
 
 def test_the_reference_has_signatures_fields_and_methods():
-    pages = docs_api.write_reference(REPOSITORY, {"pithtrain.layers.router": "nbs/20_router"})
+    notebooks = {"pithtrain.layers.router": "nbs/20_router", "pithtrain.kernels.router": "nbs/13_router_kernel"}
+    pages = docs_api.write_reference(REPOSITORY, notebooks)
+    assert "{py:attribute} Routed.weights" in pages["api/pithtrain.kernels.router"]
     text = pages["api/pithtrain.layers.router"]
     for part in (
         "{py:function} route(tokens: Tensor, weight: Tensor, bias: Tensor, top_k: int",
         "{py:class} Router(hidden: int, experts: int, top_k: int",
-        "{py:attribute} Routed.weights",
         "{py:method} Router.forward(tokens: Tensor) -> Routed",
     ):
         assert part in text
