@@ -186,6 +186,8 @@ for environment in wrong:
 # - **The exit code** is that of the first rank that failed: 2 stays a user's mistake, 130 stays "stopped and
 #   saved".
 # - **Threads**: the cores are shared out evenly, unless `OMP_NUM_THREADS` says otherwise.
+# - **Silence**: a rank whose peer ends warns with a page of C++, below which the one line that says why would be lost;
+#   `TORCH_CPP_LOG_LEVEL` brings such warnings back.
 # - **A failed rank** ends the others through [the watch](45_watch.py), which knows the cause. `launch` itself only
 #   ends what is still there after ten seconds: ranks that failed before they joined.
 
@@ -200,8 +202,13 @@ def launch(nproc: int, command: list[str], grace: float = 10.0) -> int:
     with socket.create_server(("localhost", 0)) as probe:
         port = probe.getsockname()[1]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    shared = {"OMP_NUM_THREADS": str(max(1, cores // nproc)), **os.environ, "WORLD_SIZE": str(nproc)}
-    shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    shared = {"OMP_NUM_THREADS": str(max(1, cores // nproc)), "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ}
+    shared |= {
+        "WORLD_SIZE": str(nproc),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "False",
+    }
     ranks: list[subprocess.Popen] = []
 
     def forward(number: int, frame: Any) -> None:

@@ -65,12 +65,18 @@ def check_run_folder(config: Config) -> None:
     changed = differences(config, other)
     if saved[-1:] == [0]:  # imported and not trained yet: only the model is settled
         changed = [line for line in changed if line.startswith("model.")]
-    if end_is_open(config, other, saved[-1] if saved else 0):
-        changed = [line for line in changed if not line.startswith("train.steps:")]
+    others = [line for line in changed if not line.startswith("train.steps:")]
+    fit = [step for step in saved if end_is_open(config, other, step)]
+    if fit and fit[-1] == saved[-1]:
+        changed = others
     if changed:
-        cure = "set run.name to another name, or delete the folder"
-        if changed[0].startswith("train.steps:"):
-            cure += "; a run's end can be moved until its learning rate falls"
+        cure = "set run.name to another name"
+        if others:
+            cure += ", or delete the folder"
+        elif fit:
+            cure += f", or delete its checkpoints after step {fit[-1]}, to go on from there"
+        else:
+            cure += f"; none of its checkpoints belongs to a run of {config.train.steps} steps"
         raise UserError(f"{folder}: belongs to a run with another config ({'; '.join(changed)}); {cure}")
 
 
@@ -112,7 +118,6 @@ config = Config(run=RunConfig(name="demo", folder=scratch.name), model=small)
 check_run_folder(config)
 create_run_folder(config, tokenizer_path)
 check_run_folder(config)  # the same config: its own folder
-check_run_folder(replace(config, train=TrainConfig(steps=1000)))  # longer, but nothing was done yet
 for steps in (1000, 160):
     longer = replace(config, train=TrainConfig(steps=steps))
     print(f"of 200 steps 100 are done; {steps} instead: {'go on' if end_is_open(longer, config, 100) else 'refused'}")

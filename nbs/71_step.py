@@ -14,7 +14,7 @@
 # %%
 #| export
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -216,27 +216,24 @@ print(f"Qwen3-30B-A3B: the head costs {head_cost(published):.1f} layers; over 8 
 
 # %%
 #| export
-def check_memory(config: Config, places: Iterable[Place], mesh: Mesh) -> None:
-    """Raise UserError where the parts at `places` alone exceed the memory of this rank's device."""
+def check_memory(config: Config, ranks: int, device: torch.device, beside: int = 1) -> None:
+    """Raise UserError where what `beside` of `ranks` ranks hold exceeds the memory of the device that they share."""
     with torch.device("meta"):
-        named = [pair for place in places for pair in build(config.model, place).named_parameters()]
-    others, experts = (shards.size(-1) if shards else 1 for shards in (mesh.shards, mesh.expert_shards))
-    held = sum(p.numel() / (experts if ".experts." in name else others) for name, p in named)
-    if mesh.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(mesh.device).total_memory
+        total, _ = count_parameters(build(config.model), config.model.experts, config.model.top_k)
+    needed = 16 * total * config.mesh.copies / ranks * beside
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if 16 * held > memory:
-        takes = f"{held / 1e9:.1f} billion parameters take {16 * held / 2**30:,.0f} GiB with gradients and averages"
-        cure = "lower model.layers, or share them among more ranks"
-        raise UserError(f"model: {takes}, and this rank's device has {memory / 2**30:,.0f}; {cure}")
+    if needed > memory:
+        holds = f"its weights, gradients and averages take {needed / 2**30:,.0f} GiB, and this device has"
+        cure = "lower model.layers, or share them among more devices"
+        raise UserError(f"model: {holds} {memory / 2**30:,.0f}; {cure}")
 
 
 # %%
-from pithtrain.parallel.mesh import Axes
-
 try:
-    check_memory(Config(model=published), [Place()], Mesh(Axes(1, 1, 1, 1)))
+    check_memory(Config(model=published), ranks=1, device=torch.device("cpu"))
 except UserError as error:
     print(error)
 
@@ -275,6 +272,7 @@ class Learner:
 
     def __init__(self, config: Config, mesh: Mesh, dtype: torch.dtype = torch.float32):
         check_axes(config, mesh.axes)
+        check_memory(config, mesh.world_size, mesh.device)
         self.config, self.mesh = config, mesh
         pp, train = mesh.axes.pp, config.train
         microbatches = train.batch_size // (train.micro_batch_size * mesh.axes.batch_ranks)
@@ -287,13 +285,11 @@ class Learner:
             recompute=train.recompute,
         )
         self.share = place.exchange.share(config.model.experts)
-        end = self.schedule.stages - 1
-        places = {
-            stage: replace(place, layers=splits[stage], first=stage == 0, last=stage == end)
-            for stage in self.schedule.held_by(mesh.coordinates.pp)
-        }
-        check_memory(config, places.values(), mesh)
-        self.parts = {stage: build_part(config, here, mesh) for stage, here in places.items()}
+        self.parts: dict[int, Decoder] = {}
+        for stage in self.schedule.held_by(mesh.coordinates.pp):
+            first, last = stage == 0, stage == self.schedule.stages - 1
+            here = replace(place, layers=splits[stage], first=first, last=last)
+            self.parts[stage] = build_part(config, here, mesh)
         self.optimizer = make_optimizer(dict(self.named_parameters()), config.optimizer)
         self.objectives = {stage: Objective(part, config, mesh) for stage, part in self.parts.items()}
         stages: dict[int, ModuleStage] = {stage: ModuleStage(objective) for stage, objective in self.objectives.items()}
@@ -402,6 +398,7 @@ class Learner:
 
 # %%
 from pithtrain.config import BalanceConfig, Qwen3MoeConfig, TrainConfig
+from pithtrain.parallel.mesh import Axes
 
 small = Qwen3MoeConfig(hidden=64, heads=4, head_dim=16, experts=8, expert_hidden=32, vocab_size=300, layers=2)
 rows = (torch.arange(4 * 33).view(4, 33) * 7) % 31

@@ -38,7 +38,7 @@ from pithtrain.train.metrics import Metrics, check_loggers, read_metrics
 from pithtrain.train.optimizer import learning_rate
 from pithtrain.train.run import Run, check_run_folder, create_run_folder
 from pithtrain.train.shards import Shards, prepare
-from pithtrain.train.step import Learner, StepResult, memory_error, read_microbatches
+from pithtrain.train.step import Learner, StepResult, check_memory, memory_error, read_microbatches
 
 # %% [markdown]
 # ## What it runs on
@@ -124,6 +124,7 @@ def train(config: Config, launch: Launch = Launch(), store: dist.Store | None = 
         torch.set_num_threads(config.run.threads)
     device, dtype = choose_compute(config.run)
     check_axes(config, fit_axes(config.mesh, launch.world_size))
+    check_memory(config, launch.world_size, device)
     check_loggers(config.log)
     if launch.rank == 0:
         shards = open_data(config, report=print)
@@ -149,7 +150,9 @@ def train(config: Config, launch: Launch = Launch(), store: dist.Store | None = 
 def open_data(config: Config, report: Callable[[str], None] = lambda line: None) -> Shards:
     """The run's shards, made if they are not there; refuses a run folder that is another run's first."""
     check_run_folder(config)
-    own = config.path / "tokenizer.json"  # a run that is there has its tokenizer, imported or not
+    own = config.path / "tokenizer.json"
+    if config.path.exists() and not own.is_file():
+        raise UserError(f"{own}: no such file, and another tokenizer would not suit the run; copy its own there")
     shards = prepare(config.data, config.model.vocab_size, own if own.is_file() else None, report)
     found = shards.manifest
     train = f"{found.train.documents} files to train on, {found.train.tokens:,} tokens"
@@ -195,7 +198,7 @@ def run_steps(config: Config, mesh: Mesh, dtype: torch.dtype, shards: Shards, ba
             seconds = time.perf_counter() - start
             if not math.isfinite(result.loss):
                 cure = f"lower optimizer.learning_rate (now {config.optimizer.learning_rate}) or raise optimizer.warmup"
-                raise UserError(f"{folder}: the loss of step {step} is {result.loss}; {cure}, and start anew")
+                raise UserError(f"{folder}: the loss of step {step} is {result.loss}; {cure}, under another run.name")
             record = step_record(step, result, rate, tokens, seconds)
             every = config.train.evaluate_every
             if step == steps or (every and step % every == 0):

@@ -47,7 +47,7 @@ def parse_overrides(arguments: list[str]) -> list[tuple[str, str]]:
             raise UserError(f"{argument}: unexpected; settings are given as --SECTION.KEY VALUE")
         key, equals, text = argument[2:].partition("=")
         if not equals and (text := next(rest, None)) is None:
-            raise UserError(f"{argument}: has no value; settings are given as --SECTION.KEY VALUE")
+            raise UserError(f"{argument}: has no value, or no CONFIG stands before it; see --help")
         pairs.append((key, text))
     return pairs
 
@@ -99,7 +99,12 @@ def launch_command(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)  # a mistake is answered once
     from pithtrain.parallel.mesh import check_axes, fit_axes
 
+    from pithtrain.train.step import check_memory
+    from pithtrain.train.trainer import choose_compute
+
     check_axes(config, fit_axes(config.mesh, arguments.nproc))
+    device, _ = choose_compute(config.run)
+    check_memory(config, arguments.nproc, device, beside=arguments.nproc if device.type == "cpu" else 1)
     given = [f"--{key}={text}" for key, text in arguments.overrides]
     return launch(arguments.nproc, ["-m", "pithtrain.cli", "train", str(arguments.config), *given])
 
@@ -128,7 +133,7 @@ def parse_mesh(text: str, mesh: MeshConfig, overrides: list[tuple[str, str]]) ->
 def verify_command(arguments: argparse.Namespace) -> int:
     """Compare a mesh of CPU processes with one process; 0 where they agree."""
     config = load_config(arguments.config, arguments.overrides)
-    mesh, ranks = parse_mesh(arguments.mesh, config.mesh, arguments.overrides)
+    mesh, ranks = parse_mesh(",".join(arguments.mesh), config.mesh, arguments.overrides)
     from pithtrain.verify import fit_config, verify
 
     config = dataclasses.replace(config, mesh=mesh)
@@ -217,6 +222,8 @@ def evaluate_command(arguments: argparse.Namespace) -> None:
 def bench_step_command(arguments: argparse.Namespace) -> None:
     """Time a training step beside transformers; print a table, write JSON where asked."""
     config = load_config(arguments.config, arguments.overrides)
+    if meant := [key for key, _ in arguments.overrides if key.startswith("mesh.")]:
+        raise UserError(f"--{meant[0]}: bench step measures one process; leave it out")
     from pithtrain.bench_step import bench_step, describe_bench_step
 
     result = bench_step(config, arguments.rounds)
@@ -357,7 +364,7 @@ def make_parser() -> Parser:
 
     verify = add(commands, "verify", verify_command, "check that a mesh of processes trains as one process does")
     verify.config()
-    verify.add_argument("--mesh", required=True, help="sizes of the axes, for one dp=2,ep=2")
+    verify.add_argument("--mesh", required=True, action="append", help="sizes of the axes, for one dp=2,ep=2")
     verify.number("--steps", 3, 1, "optimiser steps")
     verify.number("--tolerance", 1e-5, 0, "largest relative difference")
 

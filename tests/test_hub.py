@@ -510,6 +510,11 @@ def test_training_goes_on_from_an_imported_model(tmp_path, capsys):
                 "optimizer.warmup": 1, "run.device": "cpu"}  # fmt: skip
     command = ["train", str(tmp_path / "again" / "config.toml")]
     command += [f"--{key}={value}" for key, value in settings.items()]
+    own = tmp_path / "again" / "tokenizer.json"
+    own.rename(tmp_path / "aside.json")
+    assert main(command) == 2  # another tokenizer's numbers would be other words
+    assert f"{own}: no such file" in capsys.readouterr().err and not (tmp_path / "data2").exists()
+    (tmp_path / "aside.json").rename(own)
     assert main(command) == 0
     after = [json.loads(line)["loss"] for line in (tmp_path / "again/metrics.jsonl").read_text().splitlines()]
     assert before[0] > 5 and after[0] < 1.1 * before[-1] + 0.5

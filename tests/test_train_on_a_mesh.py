@@ -155,6 +155,8 @@ def test_mistakes_are_answered_once_and_early(start):
         (("--train.micro_batch_size", "8"), "train.micro_batch_size: 8 sequences on each of 2 ranks"),
         (("--train.step", "8"), "did you mean 'steps'?"),
         (("--mesh.pp", "2", "--train.micro_batch_size", "4"), "mesh.pp: dualpipev on 2 ranks needs"),
+        (("--data.corpus", "/no/such/folder"), "/no/such/folder: no such folder"),  # found while the others wait
+        (("--model.experts", "100000000"), "and this device has"),
     ):
         job, folder = start("refused", ["launch", "--nproc", "2"], *settings)
         code, _, errors = finish(job)

@@ -218,10 +218,11 @@ def test_a_run_folder_of_another_config_is_left_alone(command, tmp_path, capsys)
 def test_a_run_gets_longer_from_before_its_learning_rate_fell(command, tmp_path, capsys):
     """It is then, to the bit, the run that was long from the start."""
     assert cli.main(command("--train.keep", "3")) == 0
-    assert "moved until its learning rate falls" in refused(capsys, command("--train.steps", "12"))
+    assert "delete its checkpoints after step 3, to go on" in refused(capsys, command("--train.steps", "12"))
     for step in (6, 8):
         shutil.rmtree(tmp_path / f"runs/demo/checkpoints/step-{step:08d}")
-    assert "train.steps: 3, not 8" in refused(capsys, command("--train.steps", "3"))  # nothing would be left to do
+    few = refused(capsys, command("--train.steps", "3"))  # nothing would be left to do
+    assert "train.steps: 3, not 8" in few and "none of its checkpoints belongs to a run of 3 steps" in few
     assert "optimizer.decay" in refused(capsys, command("--train.steps", "12", "--optimizer.decay", "0.1"))
     assert cli.main(command("--train.steps", "12")) == 0
     assert "going on from step 3" in capsys.readouterr().out
@@ -231,7 +232,10 @@ def test_a_run_gets_longer_from_before_its_learning_rate_fell(command, tmp_path,
 
 
 def test_too_little_memory_is_said_in_one_line(command, tmp_path, capsys, monkeypatch):
-    assert "billion parameters take" in refused(capsys, command("--model.experts", "100000000"))
+    assert "this device has" in refused(capsys, command("--model.experts", "100000000"))
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "data").exists()
+    many = refused(capsys, ["bench", "step", *command("--model.experts", "100000000")[1:]])
+    assert "gradients and averages take" in many
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ...")

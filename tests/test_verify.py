@@ -388,6 +388,10 @@ def test_the_command(tmp_path, capsys):
     assert "2 processes" in capsys.readouterr().out
     assert cli.main(["verify", str(config), "--mesh", "ep=2", "--mesh.ep", "2"]) == 2
     assert "--mesh.ep: is also in --mesh ep=2; give it once" in capsys.readouterr().err
+    assert cli.main(["verify", str(config), "--mesh", "ep=2", "--mesh", "ep=4"]) == 2
+    assert "'ep=2,ep=4' is not a list" in capsys.readouterr().err
+    assert cli.main(["bench", "step", str(config), "--mesh.ep", "2"]) == 2
+    assert "bench step measures one process" in capsys.readouterr().err
     for mesh, said in (
         ("ep=3", "mesh.ep: 3 does not divide model.experts, 4"),
         ("eq=2", "--mesh.eq: no such setting; known: pp"),
