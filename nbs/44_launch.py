@@ -203,12 +203,8 @@ def launch(nproc: int, command: list[str], grace: float = 10.0) -> int:
         port = probe.getsockname()[1]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared = {"OMP_NUM_THREADS": str(max(1, cores // nproc)), "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ}
-    shared |= {
-        "WORLD_SIZE": str(nproc),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "False",
-    }
+    shared |= {"WORLD_SIZE": str(nproc), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     ranks: list[subprocess.Popen] = []
 
     def forward(number: int, frame: Any) -> None:

@@ -98,7 +98,6 @@ def launch_command(arguments: argparse.Namespace) -> int:
     """Start `pithtrain train` as several ranks on this host."""
     config = load_config(arguments.config, arguments.overrides)  # a mistake is answered once
     from pithtrain.parallel.mesh import check_axes, fit_axes
-
     from pithtrain.train.step import check_memory
     from pithtrain.train.trainer import choose_compute
 
