@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -467,7 +468,17 @@ print("exit code", main(["generate", "runs/none"]))
 # `python -m pithtrain.cli` does the same as `pithtrain`; launchers such as torchrun want a module. Running this
 # notebook must not, and a notebook has no `__spec__`.
 
+
+# %%
+#| export
+def run() -> NoReturn:
+    """`main`, and the end of the process, in which another Ctrl-C changes nothing any more."""
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)
+
+
 # %%
 #| export
 if __name__ == "__main__" and globals().get("__spec__") is not None:
-    sys.exit(main())
+    run()
