@@ -66,7 +66,7 @@ def check_run_folder(config: Config) -> None:
     if saved[-1:] == [0]:  # imported and not trained yet: only the model is settled
         changed = [line for line in changed if line.startswith("model.")]
     others = [line for line in changed if not line.startswith("train.steps:")]
-    fit = [step for step in saved if end_is_open(config, other, step)]
+    fit = [step for step in saved if others != changed and end_is_open(config, other, step)]
     if fit and fit[-1] == saved[-1]:
         changed = others
     if changed:
