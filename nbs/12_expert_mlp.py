@@ -66,7 +66,7 @@ print(reference_expert_mlp(*args).shape)
 #
 # Count bytes before writing a kernel. Take Qwen3-30B-A3B in bf16 with 16,384 tokens: $H = 2048$, $I = 768$,
 # $E = 128$, $K = 8$, so $P = TK = 131{,}072$ rows. Forward and backward are 3.7 TFLOP, which PyTorch's grouped products
-# do in 6.9 ms on an H100; 3 TB/s of memory moves 21 GB in that time. These are the tensors of the forward pass;
+# do in 6.9 ms on an H200; 4 TB/s of memory moves 28 GB in that time. These are the tensors of the forward pass;
 # a straightforward implementation writes all of them, and backward a gradient of each, some of them more than once:
 
 # %%
@@ -167,7 +167,7 @@ class Blocks(NamedTuple):
 
 
 def blocks_for(tensor: Tensor) -> Blocks:
-    """Blocks for this device and dtype; half precision on an H100 is what they were measured on."""
+    """Blocks for this device and dtype; half precision on Hopper GPUs is what they were measured on."""
     if INTERPRETED:
         return Blocks(16, 32, 16)
     if tensor.dtype == torch.float32:
@@ -854,12 +854,12 @@ if INTERPRETED:
 #
 # ## Where the time goes
 #
-# Each product alone, on an H100 (`tools/expert_products.py`), beside PyTorch's grouped product of the same size. Ours
+# Each product alone, on an H200 (`tools/expert_products.py`), beside PyTorch's grouped product of the same size. Ours
 # do more: *up* applies SwiGLU, and *d activated* SwiGLU's gradient and the router weights'. *Gathering* finds rows
 # token by token; *in order* reads what `dispatch` wrote. In order, the weight gradients are `grouped_mm`'s own, so that
 # column is empty there. The last line sums what differs: *gathering*; or *in order*, `grouped_mm`'s two weight
 # gradients, and three dispatches. What order speeds up is *up* and most weight gradients, not *d activated*. Each was
-# timed alone, before tiles went in bands; within a block the card's clock is another.
+# timed alone; within a block the card's clock is another.
 
 # %%
 import json
@@ -867,7 +867,7 @@ from pathlib import Path
 
 home = next((p for p in [Path.cwd(), *Path.cwd().parents] if (p / "docs" / "benchmarks").is_dir()), None)
 if home:
-    measured = json.loads((home / "docs/benchmarks/products-h100.json").read_text())
+    measured = json.loads((home / "docs/benchmarks/products-h200.json").read_text())
     print(f"{measured['device']}, {measured['versions']}, {measured['date']}: median ms, bf16, 16,384 tokens")
     for shape, rows in measured["shapes"].items():
         print(f"\n{shape:18}{'grouped_mm':>12}{'gathering':>12}{'in order':>12}")

@@ -183,7 +183,7 @@ from pathlib import Path
 
 import pithtrain
 
-file = Path(pithtrain.__file__).parent.parent / "docs" / "benchmarks" / "memory-h100.json"
+file = Path(pithtrain.__file__).parent.parent / "docs" / "benchmarks" / "memory-h200.json"
 if file.exists():
     measured = json.loads(file.read_text())
     print(f"{measured['measured']}, {measured['date']}")

@@ -168,7 +168,7 @@ from pathlib import Path
 
 import pithtrain
 
-file = Path(pithtrain.__file__).parent.parent / "docs" / "benchmarks" / "clamped-h100.json"
+file = Path(pithtrain.__file__).parent.parent / "docs" / "benchmarks" / "clamped-h200.json"
 if file.exists():
     measured = json.loads(file.read_text())
     print(f"{measured['measured']}, {measured['date']}, {measured['shape']['tokens']} tokens")

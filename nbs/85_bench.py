@@ -481,7 +481,7 @@ for row in result["rows"]:
 # round the logits to bf16 before they choose, and where two experts are nearly tied they choose the other one.
 #
 # At this size little can be concluded: 8 times the mean is every token, which makes one product large and so
-# efficient, and overheads decide between the rest. The H100's figures below are of real sizes.
+# efficient, and overheads decide between the rest. The GPUs' figures below are of real sizes.
 #
 # The same as a picture:
 
@@ -500,49 +500,54 @@ ax.invert_yaxis()
 fig
 
 # %% [markdown]
-# ## On an H100
+# ## On two GPUs
 #
 # `pithtrain bench moe --shape NAME --json FILE` writes what it measured. The files `docs/benchmarks/moe-*.json` come
-# from one H100; here they are, as multiples of each shape's floor. The part of a bar beyond 1 is what an implementation
-# adds to the matrix products.
+# from an H100 and an H200; here they are, as multiples of each shape's floor. The part of a bar beyond 1 is what an
+# implementation adds to the matrix products.
 
 # %%
 from pathlib import Path
 
 home = next((p for p in [Path.cwd(), *Path.cwd().parents] if (p / "docs" / "benchmarks").is_dir()), None)
 files = sorted(home.glob("docs/benchmarks/moe-*.json")) if home else []
-fig, axes = plt.subplots(1, max(len(files), 1), figsize=(10, 2.4), sharey=True, squeeze=False)
-for ax, file in zip(axes[0], files, strict=False):
+fig, axes = plt.subplots(2, 3, figsize=(10, 4.6), layout="constrained")
+for ax, file in zip(axes.T.flat, files, strict=False):
     recorded = json.loads(file.read_text())
     bars = ax.barh([r["name"] for r in recorded["rows"]], [r["ratio_to_floor"] for r in recorded["rows"]])
-    ax.bar_label(bars, [f"{r['ms']:.1f} ms" for r in recorded["rows"]], fontsize=7)
+    ax.bar_label(bars, [f"{r['ratio_to_floor']:.2f}: {r['ms']:.1f} ms" for r in recorded["rows"]], fontsize=7)
     ax.axvline(1, color="0.5", lw=1)
-    ax.set(title=recorded["shape"]["name"], xlabel="time / floor", xlim=(0, 3.6))
-axes[0][0].invert_yaxis()
+    card = recorded["measured"].split("NVIDIA ")[1].split()[0]
+    ax.set(title=f"{recorded['shape']['name']}, {card}", xlim=(0, 3.9))
+    ax.invert_yaxis()
+    ax.tick_params(axis="y", labelleft=ax in axes[:, 0], labelsize=8)
+for ax in axes[1]:
+    ax.set_xlabel("time / floor")
 fig
 
 # %% [markdown]
-# The figures move by several percent from one run to the next, because such products run the card into its power
-# limit: compare only what stands in one file.
+# Both cards multiply equally fast; the H200's memory is faster, 4.8 TB/s instead of 3.35 (NVIDIA's data sheets). So
+# what an implementation adds is less there, as far as it moves bytes. The figures move by several percent from one run
+# to the next, because such products run the card into its power limit: compare only what stands in one file.
 
 # %% [markdown]
 # ## Dispatch
 #
 # What [expert parallelism](41_expert_parallel.py) adds on a rank, apart from the wire (`tools/dispatch_cost.py`
 # measures it). First the kernels that find and add up rows, as on one rank of eight, beside the time in which an
-# H100's memory moves the bytes that they cannot avoid moving. Replayed from a CUDA graph they take as long as launched
-# one by one, so the host does not hold them up: `gather_sum` is near the memory's speed, and `plan_rows`, two launches
-# over 8 MB, is bound by latency and not by its bytes. Then the whole block, forward and backward, at home and through
-# an exchange over a group of one rank: every token is gathered, sent by the rank to itself, brought back and added up.
+# H200's memory moves the bytes that they cannot avoid moving. `gather_sum` is near the memory's speed. `plan_rows`, two
+# launches over 8 MB, is bound by latency, and launched alone by the host, which takes longer than a replay from a CUDA
+# graph; in training the host runs ahead. Then the whole block, forward and backward, at home and through an exchange
+# over a group of one rank: every token is gathered, sent by the rank to itself, brought back and added up.
 
 # %%
-file = home and home / "docs" / "benchmarks" / "dispatch-h100.json"
+file = home and home / "docs" / "benchmarks" / "dispatch-h200.json"
 if file and file.exists():
     measured = json.loads(file.read_text())
     shape = measured["shape"]
     print(f"{shape['tokens']} tokens, top_k {shape['top_k']} of {shape['experts']}; {measured['measured']}")
     for row in measured["kernels"]:
         graph = f"{1e3 * row['ms_graph']:6.1f} us in a graph" if row["ms_graph"] else ""
-        print(f"{row['name']:22} {row['bytes'] / 3.35e6:6.1f} us of bytes {1e3 * row['ms']:7.1f} us launched {graph}")
+        print(f"{row['name']:22} {row['bytes'] / 4.8e6:6.1f} us of bytes {1e3 * row['ms']:7.1f} us launched {graph}")
     for row in measured["blocks"]:
         print(f"block {row['name']:24} {row['ms']:.2f} ms, {row['peak_gib']:.2f} GiB")

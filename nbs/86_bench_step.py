@@ -315,9 +315,9 @@ fig
 #
 # ## On a GPU
 #
-# Four layers of [Qwen3-30B-A3B](https://arxiv.org/abs/2505.09388), which one H100 holds with float32 weights, gradients
-# and averages. To measure it anew: `pithtrain bench step configs/qwen3-30b-a3b.toml --model.layers 4
-# --train.batch_size 4 --train.micro_batch_size 4 --json FILE`.
+# Four layers of [Qwen3-30B-A3B](https://arxiv.org/abs/2505.09388), on an H200; with float32 weights, gradients and
+# averages they fit a GPU of 80 GB. To measure it anew: `pithtrain bench step configs/qwen3-30b-a3b.toml
+# --model.layers 4 --train.batch_size 4 --train.micro_batch_size 4 --json FILE`.
 
 # %%
 import json
@@ -326,11 +326,11 @@ from pathlib import Path
 import pithtrain
 from pithtrain.config import load_config
 
-file = Path(pithtrain.__file__).parent.parent / "docs" / "benchmarks" / "step-h100.json"
+file = Path(pithtrain.__file__).parent.parent / "docs" / "benchmarks" / "step-h200.json"
 if file.exists():
     measured = json.loads(file.read_text())
     print(describe_bench_step(measured))
-    peak = 989  # TFLOP/s of an H100's bf16 products (NVIDIA's data sheet)
+    peak = 989  # TFLOP/s of an H200's bf16 products (NVIDIA's data sheet)
     print(f"{measured['date']}; of {peak} TFLOP/s: {measured['tflops']['pithtrain'] / peak:.0%}")
     for kernel, ms in measured["profiles"]["pithtrain"]["longest"].items():
         print(f"{ms:9.1f} ms  {kernel[:100]}")
@@ -339,7 +339,7 @@ if file.exists():
 # The longest kernel, and neither a product nor attention, is the optimiser's. Such a model has far more parameters than
 # any one token uses, and [AdamW](18_adamw_kernel.py) touches them all: it reads the weight, the gradient and two
 # averages, and writes three of them back. The gradient's norm, which [clipping](43_sharding.py) asks for, reads it once
-# more. What that is at an H100's 3.35 TB/s (NVIDIA's data sheet), beside what it took:
+# more. What that is at an H200's 4.8 TB/s (NVIDIA's data sheet), beside what it took:
 
 # %%
 if file.exists():
@@ -351,23 +351,19 @@ if file.exists():
     for what, word, size in (("AdamW", "adamw_kernel", 7 * 4), ("norm of the gradients", "LpNorm", 4)):
         ms = next(ms for kernel, ms in longest.items() if word in kernel)
         print(
-            f"{what:22} {size * total / 1e9:5.1f} GB: {size * total / 3.35e9:4.1f} ms at full speed, {ms:4.1f} measured"
+            f"{what:22} {size * total / 1e9:5.1f} GB: {size * total / 4.8e9:4.1f} ms at full speed, {ms:4.1f} measured"
         )
 
 # %% [markdown]
-# AdamW runs at nine tenths of the data sheet's speed; even at all of it, it would be a sixth of this step. Its share
-# falls with more tokens in a step, and with ranks that share the weights. The 25 longest kernels, which the file names,
-# by kind. They are told apart more finely than when the file was written: hence its 16 % of everything else above.
+# AdamW runs at nearly nine tenths of the data sheet's speed; even at all of it, it would be an eighth of this step. Its
+# share falls with more tokens in a step, and with ranks that share the weights. All kernels by kind:
 
 # %%
 if file.exists():
-    spent = sum(measured["profiles"]["pithtrain"]["kinds"].values())
-    for kind, ms in by_kind(longest).items():
-        print(f"{kind:24}{ms:6.1f} ms, {ms / spent:5.1%}")
-    named = sum(longest.values())
-    print(f"{'not named':24}{spent - named:6.1f} ms, {(spent - named) / spent:5.1%}")
+    kinds = measured["profiles"]["pithtrain"]["kinds"]
+    for kind, ms in kinds.items():
+        print(f"{kind:24}{ms:6.1f} ms, {ms / sum(kinds.values()):5.1%}")
 
 # %% [markdown]
-# Beside products and AdamW nothing is a tenth of the step. The feature norms run as torch's kernels, forward and
-# backward; kernels of our own would save less than the 4 % that they take, or 8 % if all that is not named were norms,
-# and were not written.
+# Beside products, attention and AdamW nothing is a tenth of the step. The feature norms run as torch's kernels, forward
+# and backward; kernels of our own would save less than the 4 % that they take, and were not written.

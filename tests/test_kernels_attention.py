@@ -163,7 +163,9 @@ def test_values_and_gradients(case, device, dtype, kv_heads, wide):
     [(None, False), (100, False), (None, True), (100, True)],
     ids=["causal", "window", "docs", "both"],
 )
-@pytest.mark.parametrize("heads, kv_heads, features, wide", [(8, 2, 128, 128), (4, 4, 192, 128), (8, 1, 64, 64)])
+@pytest.mark.parametrize(
+    "heads, kv_heads, features, wide", [(8, 2, 128, 128), (4, 4, 192, 128), (8, 1, 64, 64), (4, 1, 256, 256)]
+)
 def test_gpu_sizes_of_models(flash_4, window, documents, heads, kv_heads, features, wide, monkeypatch):
     if flash_4 and attention.installed_flash_attention_4() is None:
         pytest.skip("FlashAttention-4 is not installed")

@@ -73,7 +73,7 @@ def measure(case: tuple) -> dict[str, float]:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    packages = ("torch", "flash-attn-4", "nvidia-cutlass-dsl")
+    packages = ("torch", "flash-attn-4", "nvidia-cutlass-dsl-libs-base")
     installed = {d.metadata["Name"] for d in importlib.metadata.distributions()}
     result = {
         "device": torch.cuda.get_device_name(),

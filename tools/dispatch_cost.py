@@ -1,6 +1,6 @@
 """What expert parallelism adds on a rank, apart from the wire: its kernels beside their bytes, and the whole block.
 
-    .venv/bin/python tools/dispatch_cost.py --json docs/benchmarks/dispatch-h100.json
+    .venv/bin/python tools/dispatch_cost.py --json docs/benchmarks/dispatch-h200.json
 
 The kernels find and add up rows as on one rank of eight. Then the MoE block runs, forward and backward, at home and
 through an exchange over a group of one rank: every token is gathered, sent by the rank to itself, and added up.
@@ -82,8 +82,8 @@ def bench_dispatch(shape: Shape, device: torch.device, ranks: int = 8, repeats: 
     }
 
 
-def describe_dispatch(result: dict, bytes_per_second: float = 3.35e12) -> str:
-    """The result of `bench_dispatch` as lines of text, bytes beside their time at a memory's speed (an H100's)."""
+def describe_dispatch(result: dict, bytes_per_second: float = 4.8e12) -> str:
+    """The result of `bench_dispatch` as lines of text, bytes beside their time at a memory's speed (an H200's)."""
     s = result["shape"]
     lines = [
         f"{s['tokens']} tokens, top_k {s['top_k']} of {s['experts']} experts, {result['ranks']} ranks, "
