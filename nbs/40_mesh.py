@@ -119,7 +119,7 @@ def check_axes(config: Config, axes: Axes) -> None:
         cure = "lower mesh.pp or raise model.layers"
         split_layers(model.layers, schedule.stages)
     except ScheduleError as error:
-        raise UserError(f"mesh.pp: {str(error).partition(':')[0]}; {cure}") from None
+        raise UserError(f"mesh.pp: {error}; {cure}") from None
 
 
 # %%

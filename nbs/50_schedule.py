@@ -291,8 +291,7 @@ def split_layers(layers: int, stages: int, embedding: float = 1.0, head: float =
         counts[lightest] += 1
         loads[lightest] += 1
     if min(loads) == 0:
-        cure = "lower mesh.pp, or choose a mesh.schedule with fewer stages a rank"
-        raise ScheduleError(f"{layers} layers cannot give {stages} stages work: {cure}")
+        raise ScheduleError(f"{layers} layers cannot give {stages} stages work")
     starts = [sum(counts[:s]) for s in range(stages)]
     return [range(start, start + n) for start, n in zip(starts, counts, strict=True)]
 

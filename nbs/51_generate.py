@@ -37,10 +37,7 @@ def _each(op: Op, stage: int, microbatches: int) -> list[Action]:
 #| export
 def _at_least(kind: str, pp: int, microbatches: int, fewest: int = 1) -> None:
     if pp < 1 or microbatches < fewest:
-        raise ScheduleError(
-            f"{kind} on {pp} ranks needs pp >= 1 and microbatches >= {fewest}, not {microbatches}: raise"
-            " train.batch_size, lower train.micro_batch_size or mesh.pp, or choose another mesh.schedule"
-        )
+        raise ScheduleError(f"{kind} on {pp} ranks needs pp >= 1 and microbatches >= {fewest}, not {microbatches}")
 
 
 # %% [markdown]

@@ -315,16 +315,16 @@ def floor_products(problem: Problem) -> Callable[[], None]:
         tokens, grad = problem.tokens[order], problem.grad[order]
         gate_up, down = problem.gate_up.detach(), problem.down.detach()
         product = partial(F.grouped_mm, offs=ends)
-        hidden = product(tokens, gate_up.mT)
-        activated = hidden[:, : shape.expert_hidden].contiguous()
+        projected = product(tokens, gate_up.mT)
+        activated = projected[:, : shape.expert_hidden].contiguous()
 
     @torch.no_grad()
     def products() -> None:
         product(tokens, gate_up.mT)
         product(activated, down.mT)
         product(grad, down)
-        product(hidden, gate_up)
-        product(hidden.T, tokens)
+        product(projected, gate_up)
+        product(projected.T, tokens)
         product(grad.T, activated)
 
     return products

@@ -274,16 +274,16 @@ def test_gpu_backward_in_a_thread_without_a_cuda_context():
     """autograd runs backward in threads of its own, which have no current CUDA context at first."""
     x, ids, w, gate_up, down = (t.detach() for t in problem(100, 64, 32, 4, 2, torch.bfloat16))
     order = mlp.sort_pairs(ids, 4, mlp.blocks_for(x).rows)
-    hidden, _ = mlp.up_projection(x, gate_up, order)
-    mlp.activation_gradient(x, down, w, hidden, order)
+    projected, _ = mlp.up_projection(x, gate_up, order)
+    mlp.activation_gradient(x, down, w, projected, order)
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(mlp.activation_gradient, x, down, w, hidden, order).result()
+        pool.submit(mlp.activation_gradient, x, down, w, projected, order).result()
 
 
 @gpu
 @pytest.mark.parametrize("T, I", [(2**18 + 2**14, 1016), (2**17, 2112)], ids=["gathered", "in order"])
 def test_gpu_more_than_two_to_the_31_elements(T, I):  # noqa: E741
-    """hidden and d_hidden hold more elements than that; all is compared with the loop, 4,096 tokens at a time."""
+    """projected and d_projected hold more elements than that; all is compared with the loop, 4,096 tokens at a time."""
     H, E, K = 64, 8, 4
     assert T * K * 2 * I > 2**31
     x, ids, w, gate_up, down = args = problem(T, H, I, E, K, torch.bfloat16)

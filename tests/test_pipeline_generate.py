@@ -135,7 +135,7 @@ def test_split_layers_makes_the_heaviest_stage_as_light_as_can_be(stages, layers
 def test_split_layers_favours_inner_stages():
     assert [len(r) for r in split_layers(8, 4, 0, 0)] == [2, 2, 2, 2]
     assert [len(r) for r in split_layers(6, 4, 0, 0)] == [1, 2, 2, 1]
-    with pytest.raises(ScheduleError, match=r"2 layers cannot give 8 stages work: lower mesh\.pp"):
+    with pytest.raises(ScheduleError, match="2 layers cannot give 8 stages work"):
         split_layers(2, 8)
 
 

@@ -25,8 +25,8 @@ def products(shape: Shape, device: torch.device) -> list[dict]:
     weights, ids, *_ = triton_route(p.tokens, p.router, shape.top_k)
     order = sort_pairs(ids, shape.experts, mlp.blocks_for(p.tokens).rows)
     ends, rows, grad = order.offsets[1:], mlp.dispatch(p.tokens, order), mlp.dispatch(p.grad, order)
-    hidden, activated = mlp.up_projection(rows, p.gate_up, order, in_order=True)
-    d_hidden, scaled, _ = mlp.activation_gradient(grad, p.down, weights, hidden, order, in_order=True)
+    projected, activated = mlp.up_projection(rows, p.gate_up, order, in_order=True)
+    d_projected, scaled, _ = mlp.activation_gradient(grad, p.down, weights, projected, order, in_order=True)
     mm, activation_gradient = F.grouped_mm, mlp.activation_gradient
     ways = {
         "up": (
@@ -41,17 +41,17 @@ def products(shape: Shape, device: torch.device) -> list[dict]:
         ),
         "d activated": (
             lambda: mm(grad, p.down, offs=ends),
-            lambda: activation_gradient(p.grad, p.down, weights, hidden, order),
-            lambda: activation_gradient(grad, p.down, weights, hidden, order, in_order=True),
+            lambda: activation_gradient(p.grad, p.down, weights, projected, order),
+            lambda: activation_gradient(grad, p.down, weights, projected, order, in_order=True),
         ),
         "d tokens": (
-            lambda: mm(d_hidden, p.gate_up, offs=ends),
+            lambda: mm(d_projected, p.gate_up, offs=ends),
             None,
-            lambda: mlp.grouped_product(d_hidden, p.gate_up, order, transposed=False),
+            lambda: mlp.grouped_product(d_projected, p.gate_up, order, transposed=False),
         ),
         "d gate and up": (
-            lambda: mm(d_hidden.T, rows, offs=ends),
-            lambda: mlp.gate_up_gradient(d_hidden, p.tokens, order, rows.dtype),
+            lambda: mm(d_projected.T, rows, offs=ends),
+            lambda: mlp.gate_up_gradient(d_projected, p.tokens, order, rows.dtype),
             None,
         ),
         "d down": (
