@@ -151,7 +151,8 @@ for band in (1, 4, 16, 32, 128):
 # `rows`, `columns` and `inner` are the kernels' `BM`, `BN` and `BK`. A *stage* is a block of each operand in shared
 # memory, 48 KB together: while one is multiplied, the next are on their way. Of the 227 KB that a multiprocessor of an
 # H100 has, *up* needs 224: four stages, and half a tile on its way out. The plain products store whole tiles, 64 KB,
-# beside which there is room for three.
+# beside which there is room for three. *d activated* has three and stores from registers. The weight gradients ask for
+# five, of which two only bring the numbers of the rows to gather: with half a tile, Triton takes 177 KB.
 
 
 # %%
