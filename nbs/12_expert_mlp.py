@@ -66,7 +66,7 @@ print(reference_expert_mlp(*args).shape)
 #
 # Count bytes before writing a kernel. Take Qwen3-30B-A3B in bf16 with 16,384 tokens: $H = 2048$, $I = 768$,
 # $E = 128$, $K = 8$, so $P = TK = 131{,}072$ rows. Forward and backward are 3.7 TFLOP, which PyTorch's grouped products
-# do in 6.9 ms on an H200; 4 TB/s of memory moves 28 GB in that time. These are the tensors of the forward pass;
+# do in 6.9 ms on an H200, whose memory moves 33 GB in that time. These are the tensors of the forward pass;
 # a straightforward implementation writes all of them, and backward a gradient of each, some of them more than once:
 
 # %%
@@ -78,7 +78,7 @@ for name, elements in row.items():
 print(f"{'weights':16} {2 * E * 3 * I * H / MB:6.0f} MB,  {'tokens':6} {2 * T * H / MB:4.0f} MB")
 
 # %% [markdown]
-# The plan is to write each of these at most once:
+# The plan is to write each of these at most once, but for the gathered tokens of large experts, written twice:
 #
 # ```
 # forward    tokens ──rows──▶ [up] ──▶ projected (P, 2I) ─ kept for backward
@@ -141,18 +141,19 @@ for band in (1, 4, 16, 32, 128):
     print(f"{band:3} down: {read_from_memory(band):6.0f} MB")
 
 # %% [markdown]
-# Up to 16 each block is read once, so the cache alone would allow even 1. With 16, more of the 132 tiles in flight
-# share a block of weights.
+# Up to 16 each block is read once, so the cache alone would allow even 1. With 16, more of the tiles in flight, one on
+# each of 132 multiprocessors, share a block of weights.
 #
 # Which blocks: 128 x 256 with 64 deep is the largest tile whose accumulator fits the registers of two
 # warpgroups, and larger tiles read the cache less. On the CPU the interpreter gets small blocks, so that
 # small problems still have many tiles. float32 runs on the ordinary arithmetic units, exactly, and slowly.
 #
 # `rows`, `columns` and `inner` are the kernels' `BM`, `BN` and `BK`. A *stage* is a block of each operand in shared
-# memory, 48 KB together: while one is multiplied, the next are on their way. Of the 227 KB that a multiprocessor of an
-# H100 has, *up* needs 224: four stages, and half a tile on its way out. The plain products store whole tiles, 64 KB,
-# beside which there is room for three. *d activated* has three and stores from registers. The weight gradients ask for
-# five, of which two only bring the numbers of the rows to gather: with half a tile, Triton takes 177 KB.
+# memory, 48 KB together: while one is multiplied, the next are on their way. Of the 227 KB that a program may take on
+# these GPUs, *up* needs 224: four stages, and half a tile on its way out. The plain products store an expert's last
+# tile whole, 64 KB, beside which there is room for three. *d activated* has three and stores from registers. The weight
+# gradients ask for five, of which two only bring the numbers of the rows to gather: with half a tile, Triton takes 177
+# KB.
 
 
 # %%
@@ -862,7 +863,7 @@ if INTERPRETED:
 # token by token; *in order* reads what `dispatch` wrote. In order, the weight gradients are `grouped_mm`'s own, so that
 # column is empty there. The last line sums what differs: *gathering*; or *in order*, `grouped_mm`'s two weight
 # gradients, and three dispatches. What order speeds up is *up* and most weight gradients, not *d activated*. Each was
-# timed alone; within a block the card's clock is another.
+# timed alone; the six of `grouped_mm` add up to [the benchmark's floor](85_bench.py) within one percent.
 
 # %%
 import json

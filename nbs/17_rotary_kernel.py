@@ -174,8 +174,8 @@ if runs_triton(x):
 #
 # Forward and backward, of 4 rows of 4,096 tokens in bf16 (`tools/memory_kernels.py`): queries and keys of
 # Qwen3-30B-A3B, whose pairs are halves, and the 64 of a DeepSeek-V2-Lite query's features that turn, whose pairs are
-# neighbours. The kernel gains more than the bytes above say: PyTorch's passes over halves of a head do not reach the
-# memory's speed either.
+# neighbours. The kernel gains more than the bytes above say, since PyTorch's passes over halves of a head are the
+# farther from the memory's speed.
 
 # %%
 import json

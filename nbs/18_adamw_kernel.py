@@ -1,7 +1,7 @@
 # %% [markdown]
 # # AdamW at the speed of memory
 #
-# > One step of AdamW on one tensor: every number is read once and written once, clipped on the way.
+# > One step of AdamW on one tensor: all is read once, what changes is written once, gradients are clipped on the way.
 #
 # An MoE model has far more parameters than any one token uses, and its optimiser touches all of them. There is
 # next to nothing to compute; what counts is what moves. AdamW needs four numbers of every parameter, the weight, its

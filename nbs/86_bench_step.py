@@ -336,10 +336,10 @@ if file.exists():
         print(f"{ms:9.1f} ms  {kernel[:100]}")
 
 # %% [markdown]
-# The longest kernel, and neither a product nor attention, is the optimiser's. Such a model has far more parameters than
-# any one token uses, and [AdamW](18_adamw_kernel.py) touches them all: it reads the weight, the gradient and two
-# averages, and writes three of them back. The gradient's norm, which [clipping](43_sharding.py) asks for, reads it once
-# more. What that is at an H200's 4.8 TB/s (NVIDIA's data sheet), beside what it took:
+# Attention is cuDNN's here: FlashAttention-4 was not installed. The longest kernel is the optimiser's. Such a model has
+# far more parameters than any one token uses, and [AdamW](18_adamw_kernel.py) touches them all: it reads the weight,
+# the gradient and two averages, and writes three of them back. The gradient's norm, which [clipping](43_sharding.py)
+# asks for, reads it once more. What that is at an H200's 4.8 TB/s (NVIDIA's data sheet), beside what it took:
 
 # %%
 if file.exists():
