@@ -76,6 +76,22 @@ if INTERPRETED:
 
 
 # %% [markdown]
+# The interpreter computes with NumPy, which has no bfloat16. It loads and stores such numbers, but multiplies their
+# bits: kernels with matrix products refuse them there.
+
+
+# %%
+#| export
+PRODUCTS_OF = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16)
+"""What kernels multiply as matrices."""
+
+
+# %%
+#| export
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What the functions around the kernels take, whose PyTorch forms can do float64 too."""
+
+# %% [markdown]
 # `runs_triton` says whether kernels *can* run; layers use them on CUDA alone. `want` is how a kernel refuses its
 # arguments: by name, in one line, before anything is launched.
 

@@ -194,9 +194,11 @@ def place_kernel(
 def sort_pairs(expert_ids: Tensor, num_experts: int, tile_rows: int) -> Sorted:
     """Sort the pairs of `expert_ids` (T, K) int32 or int64 by expert, stably, without host synchronisation.
 
-    An id outside [0, num_experts), by custom -1, means "no expert here". Experts' rows are cut into tiles of
-    `tile_rows`. Raises TypeError or ValueError, one line, on bad arguments."""
+    An id outside [0, num_experts), by custom -1 and within 32 bits, means "no expert here". Experts' rows are cut
+    into tiles of `tile_rows`. Raises TypeError or ValueError, one line, on bad arguments."""
     want("expert_ids", expert_ids, (None, None), (torch.int32, torch.int64))
+    if num_experts < 1 or tile_rows < 1:
+        raise ValueError(f"num_experts is {num_experts} and tile_rows {tile_rows}; want at least 1 of each")
     ids = expert_ids.contiguous()
     pairs = ids.numel()
     width, chunk, block = max(triton.next_power_of_2(num_experts), 16), 512, 32

@@ -27,24 +27,31 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pithtrain.kernels.lang import INTERPRETED, TensorDescriptor, tl, triton, want, wanted
+from pithtrain.kernels.lang import INTERPRETED, PRODUCTS_OF, TensorDescriptor, tl, triton, want, wanted
 from pithtrain.kernels.sort import Sorted, sort_pairs
 
 # %% [markdown]
 # ## The smallest true implementation
 #
-# A loop over experts. It is the oracle for everything below, and PyTorch derives its gradients.
+# A loop over experts. It is the oracle for everything below, and PyTorch derives its gradients. Given a bias for gate
+# and up, the activation is that of [GPT-OSS](22a_clamped_experts.py).
 
 
 # %%
 #| export
-def reference_expert_mlp(tokens: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def reference_expert_mlp(
+    tokens: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """`triton_expert_mlp` as a loop over experts."""
     out = tokens.new_zeros(tokens.shape, dtype=torch.promote_types(tokens.dtype, torch.float32))
     for e, (own_gate_up, own_down) in enumerate(zip(gate_up.unbind(), down.unbind(), strict=True)):
         t, k = torch.where(expert_ids == e)
-        gate, up = F.linear(tokens[t], own_gate_up.to(tokens.dtype)).chunk(2, dim=-1)
-        y = F.linear(F.silu(gate) * up, own_down.to(tokens.dtype))
+        own_bias = None if bias is None else bias[e]
+        gate, up = F.linear(tokens[t], own_gate_up.to(tokens.dtype), own_bias).chunk(2, dim=-1)
+        if bias is not None:
+            gate, up = gate.clamp(max=7), up.clamp(-7, 7) + 1
+        activated = F.silu(gate) * up if bias is None else gate * torch.sigmoid(1.702 * gate) * up
+        y = F.linear(activated, own_down.to(tokens.dtype))
         out = out.index_add(0, t, weights[t, k, None] * y)
     return out.to(tokens.dtype)
 
@@ -283,7 +290,8 @@ if INTERPRETED:
 #| export
 def dispatch_first(x: Tensor, down: Tensor) -> bool:
     """Whether rows of x (T, H) are put in expert order once, for the experts of `down` (E, H, I), or gathered."""
-    return down.shape[2] >= 1024 and x.dtype == torch.bfloat16 and x.is_cuda
+    large = down.shape[2] >= 1024 and x.dtype == torch.bfloat16 and x.is_cuda
+    return large and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 # %% [markdown]
@@ -809,7 +817,7 @@ def triton_expert_mlp(
     where rows are gathered (see `dispatch_first`). Given `bias` (E, 2I), of gate and up, the form is that of
     layers.clamped_experts. Nothing waits for the GPU. The gradient of `weights` where the id is -1 is zero.
     Raises TypeError or ValueError, one line, on bad arguments."""
-    want("tokens", tokens, (None, None), (torch.float32, torch.bfloat16, torch.float16))
+    want("tokens", tokens, (None, None), PRODUCTS_OF)
     (T, H), device = tokens.shape, tokens.device
     want("expert_ids", expert_ids, (T, None), (torch.int32, torch.int64), device)
     want("weights", weights, expert_ids.shape, (torch.float32,), device)
@@ -819,6 +827,10 @@ def triton_expert_mlp(
     if bias is not None:
         want("bias", bias, (E, 2 * I), (tokens.dtype,), device)
         bias = bias.contiguous()
+    sizes = {"hidden size": H, "expert hidden size": I, "number of experts": E, "top_k": expert_ids.shape[1]}
+    for name, size in sizes.items():
+        if size == 0:
+            raise ValueError(f"{name} is 0; want at least 1")
     for name, size in (("hidden size", H), ("expert hidden size", I)):
         if size * tokens.element_size() % 16:
             raise ValueError(

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pithtrain.kernels.lang import INTERPRETED, tl, triton, want, wanted
+from pithtrain.kernels.lang import INTERPRETED, PRODUCTS_OF, tl, triton, want, wanted
 
 # %% [markdown]
 # ## The maths
@@ -280,10 +280,9 @@ def triton_route(
     weights are the chosen scores, divided by their sum if `renormalise`, times `scale`. Differentiable once, in
     `hidden` and `router_weight`, through `weights` and `probs`. Raises TypeError or ValueError, one line, on bad
     arguments."""
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    want("hidden", hidden, (None, None), dtypes)
+    want("hidden", hidden, (None, None), PRODUCTS_OF)
     (T, H), device = hidden.shape, hidden.device
-    want("router_weight", router_weight, (None, H), dtypes, device)
+    want("router_weight", router_weight, (None, H), PRODUCTS_OF, device)
     E = len(router_weight)
     if bias is not None:
         want("bias", bias, (E,), (torch.float32,), device)

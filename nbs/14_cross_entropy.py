@@ -47,7 +47,7 @@ def reference_row_losses(logits: Tensor, targets: Tensor, gradient: bool) -> Ten
     own = targets.where(counted, 0).unsqueeze(1)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_total = wide.logsumexp(1, keepdim=True)
-    losses = (log_total - wide.gather(1, own)).squeeze(1) * counted
+    losses = (log_total - wide.gather(1, own)).squeeze(1).where(counted, 0)
     if gradient:
         probs = wide.sub_(log_total).exp_()
         probs.scatter_add_(1, own, probs.new_full(own.shape, -1.0))
@@ -122,6 +122,8 @@ def triton_row_losses(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor
     want("logits", logits, (None, None), (torch.float32, torch.bfloat16, torch.float16))
     T, V = logits.shape
     want("targets", targets, (T,), (torch.int32, torch.int64), logits.device)
+    if V == 0:
+        raise ValueError(f"logits has shape {(T, V)}; want at least one word")
     if not (logits.is_contiguous() and targets.is_contiguous()):
         raise ValueError("logits and targets must be contiguous: logits are overwritten where they are")
     losses = torch.empty(T, dtype=torch.float32, device=logits.device)

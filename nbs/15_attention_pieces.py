@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pithtrain.kernels.lang import FLOATS, want
+
 # %%
 #| export
 TILE = 128
@@ -141,16 +143,24 @@ def pieces(
 ) -> list[Piece]:  # fmt: skip
     """What queries at some positions see of keys at others, in `rows` sequences of `length` tokens.
 
-    `documents` are boundaries 0, ..., rows * length. With `tile`, no piece has more queries than that;
-    without, the documents in which a run meets itself are one piece. Raises ValueError for wrong boundaries."""
-    if documents is not None and documents[[0, -1]].tolist() != [0, rows * length]:
-        ends = "{} to {}".format(*documents[[0, -1]].tolist())
-        raise ValueError(f"documents: boundaries go from {ends}, not from 0 to {rows} x {length} tokens")
+    `documents` are boundaries 0, ..., rows * length, in order, those between rows included. With `tile`, no piece has
+    more queries than that; without, the documents in which a run meets itself are one piece. Raises ValueError for
+    wrong boundaries, or a window without a key."""
+    bounds = None if documents is None else documents.tolist()
+    if bounds is not None:
+        if (bounds[0], bounds[-1]) != (0, rows * length):
+            ends = f"{bounds[0]} to {bounds[-1]}"
+            raise ValueError(f"documents: boundaries go from {ends}, not from 0 to {rows} x {length} tokens")
+        if bounds != sorted(bounds) or not set(bounds).issuperset(range(0, rows * length, length)):
+            raise ValueError(
+                f"documents: boundaries must ascend, and one must stand before each row of {length} tokens"
+            )
+    if window is not None and window < 1:
+        raise ValueError(f"window: is {window}; want at least 1, the query's own key")
     window, found = window or length, []
     limit = window - 1 if window < length else -1
     if documents is not None and not tile and queries == keys == [range(length)]:
         return [Piece(slice(None), slice(None), slice(None), limit, 0, documents.to(torch.int32))]
-    bounds = None if documents is None else documents.tolist()
     runs = [
         (run[start : start + (tile or length)], at + start)
         for run, at in zip(queries, accumulate(map(len, queries), initial=0), strict=False)
@@ -544,10 +554,19 @@ def sink_gradients(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Ten
 # %%
 #| export
 class AttendPieces(torch.autograd.Function):
-    """Attention in pieces that share no query: (q, k, v, sinks or None, scale, pieces) -> out, as `attend_piece`."""
+    """Attention in pieces that share no query: (q, k, v, sinks or None, scale, pieces) -> out, as `attend_piece`.
+
+    Raises TypeError or ValueError, one line, on bad arguments."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float, cut: list[Piece]) -> Tensor:
+        want("q", q, (None, None, None, None), FLOATS, q.device)
+        want("k", k, (len(q), None, None, q.shape[3]), (q.dtype,), q.device)
+        want("v", v, (*k.shape[:3], None), (q.dtype,), q.device)
+        if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+            raise ValueError(f"k has {k.shape[1]} heads, which do not divide the {q.shape[1]} of q")
+        if sinks is not None:
+            want("sinks", sinks, (q.shape[1],), FLOATS, q.device)
         if len(cut) == 1:
             out, lse = attend_piece(q, k, v, scale, cut[0])
             out = out.to(q.dtype)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pithtrain.kernels.cross_entropy import row_losses
-from pithtrain.kernels.lang import wanted
+from pithtrain.kernels.lang import FLOATS, want, wanted
 
 # %% [markdown]
 # ## The maths
@@ -89,7 +89,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_
 
     `hidden` (T, H), `weight` (V, H), `targets` (T,) int64 with -100 for tokens that do not count. At most
     `chunk_elements` logits exist at a time, 2**28 on CUDA and 2**21 elsewhere. Differentiable once in `hidden` and
-    `weight`."""
+    `weight`. Raises TypeError or ValueError, one line, on bad arguments."""
+    want("hidden", hidden, (None, None), FLOATS, hidden.device)
+    want("weight", weight, (None, hidden.shape[1]), FLOATS, hidden.device)
+    want("targets", targets, (len(hidden),), (torch.int64,), hidden.device)
+    if len(weight) == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; want at least one word")
     rows = (chunk_elements or (1 << 28 if hidden.is_cuda else 1 << 21)) // weight.shape[0]
     rows = rows // 128 * 128 or max(1, rows)
     training = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)

@@ -16,8 +16,8 @@
 # %%
 #| export
 import datetime
+import importlib
 import importlib.metadata
-import importlib.util
 import platform
 import statistics
 import timeit
@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pithtrain.config import UserError
-from pithtrain.kernels.lang import triton
+from pithtrain.kernels.lang import HAS_TRITON, triton
 from pithtrain.layers.experts import Experts
 from pithtrain.layers.router import Router
 from pithtrain.models.stages import AtHome, Exchange
@@ -286,9 +286,16 @@ print("loads over the mean:", [f"{n:.1f}" for n in (load / load.float().mean()).
 def entrants() -> dict[str, Callable[[Problem], Block]]:
     """How to build the block for a problem, ours first, and all others of these that can be imported here."""
     found = {"pithtrain": pithtrain_block, "torch": torch_block}
-    for package, build in (("transformers", transformers_block), ("torchtitan", torchtitan_block)):
-        if importlib.util.find_spec(package) is not None:
-            found[package] = build
+    peers = (
+        ("transformers", "transformers.models.qwen3_moe", transformers_block),
+        ("torchtitan", "torchtitan.models.common.moe", torchtitan_block),
+    )
+    for package, module, build in peers:
+        try:
+            importlib.import_module(module)
+        except ImportError:  # not installed, or another release
+            continue
+        found[package] = build
     return found
 
 
@@ -430,13 +437,13 @@ def bench_moe(
             row["peak_gib"] = peak_gib(blocks[name], problem)
             row["difference"] = ((outputs[name] - ours).norm() / ours.norm()).item()
         rows.append(row)
-    packages = ["torch", "triton", "transformers", "torchtitan"]
+    packages = [name for name in peers if name != "pithtrain"] + ["triton"] * HAS_TRITON
     result = {
         "what": "forward and backward of a MoE block: router, dispatch, experts, combine",
         "measured": measured,
         "repeats": repeats,
         "date": datetime.date.today().isoformat(),
-        "versions": {p: importlib.metadata.version(p) for p in packages if importlib.util.find_spec(p)},
+        "versions": {package: importlib.metadata.version(package) for package in packages},
         "shape": shape._asdict(),
         "rows": rows,
     }
@@ -464,7 +471,7 @@ def table(result: dict) -> str:
         "relatively, from ours",
     ]
     if absent := [p for p in ("transformers", "torchtitan") if p not in result["versions"]]:
-        lines.append(f"not installed here, so not compared: {', '.join(absent)}")
+        lines.append(f"cannot be imported here, so not compared: {', '.join(absent)}")
     if min(row["ratio_to_floor"] for row in result["rows"]) < 0.95:
         lines.append("Something was faster than its floor: the machine has other work; repeat, with OMP_NUM_THREADS=1.")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from pithtrain.kernels.lang import INTERPRETED
 from pithtrain.layers import clamped_experts
 from pithtrain.layers.clamped_experts import ClampedExperts, clamped_swiglu
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 def error(a, b):
@@ -55,11 +55,14 @@ def compare(layer, tokens, ids, weights, dtype=torch.float32):
     wanted = [leaves[0], true_weights, *leaves[1:]]
     true_grads = torch.autograd.grad(true, wanted, upstream.double(), allow_unused=True)
     assert output.shape == true.shape and error(output, true) < TOLERANCE[dtype]
+    one = torch.ones_like(ids[:, :1], dtype=torch.float64)
+    added = [loop(leaves[0], own, one, *leaves[1:]) * upstream for own in ids.split(1, dim=1)]
     for i, (a, b) in enumerate(zip(grads, true_grads, strict=True)):
         b = torch.zeros_like(a) if b is None else b
-        if i == 1:  # inner products of an output and its gradient, which may cancel: judged by the size of both
-            b, a = (torch.cat([t.flatten(), (upstream.norm() * true.norm()).view(1)]) for t in (b.double(), a.double()))
-        assert error(a, b) < TOLERANCE[dtype]
+        if i == 1:  # sums over features, which may cancel: judged by what was added
+            assert (a - b).norm() <= TOLERANCE[dtype] * max(b.norm(), torch.stack(added).norm())
+        else:
+            assert error(a, b) < TOLERANCE[dtype]
     return output, grads
 
 

@@ -99,6 +99,37 @@ def test_wrong_boundaries_are_refused(documents):
         pieces([range(4)], [range(4)], 2, 4, documents=torch.tensor(documents))
 
 
+@pytest.mark.parametrize("documents", [[0, 8], [0, 5, 8], [0, 4, 6, 5, 8]])
+def test_boundaries_ascend_and_one_stands_before_each_row(documents):
+    with pytest.raises(ValueError, match="documents: boundaries must ascend, and one must stand before each row of 4"):
+        pieces([range(4)], [range(4)], 2, 4, documents=torch.tensor(documents))
+
+
+def test_a_window_without_a_key_is_refused():
+    with pytest.raises(ValueError, match="window: is 0; want at least 1"):
+        pieces([range(4)], [range(4)], 2, 4, window=0)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({0: lambda t: t.long()}, "q is torch.int64; want one of torch.float64"),
+        ({1: lambda t: t.half()}, "k is torch.float16; want one of torch.float32"),
+        ({1: lambda t: t[..., :3]}, r"k has shape \(1, 2, 4, 3\); want \(1, any, any, 8\)"),
+        ({2: lambda t: t[:, :1]}, r"v has shape \(1, 1, 4, 8\); want \(1, 2, 4, any\)"),
+        ({2: lambda t: t.to("meta")}, "v is on meta; want cpu"),
+        ({0: lambda t: t[:, :3]}, "k has 2 heads, which do not divide the 3 of q"),
+        ({3: lambda t: t[:2]}, r"sinks has shape \(2,\); want \(4,\)"),
+    ],
+)
+def test_wrong_arguments_are_named_in_one_line(change, message):
+    args = [torch.randn(1, heads, 4, 8) for heads in (4, 2, 2)] + [torch.randn(4)]
+    for i, make in change.items():
+        args[i] = make(args[i])
+    with pytest.raises((TypeError, ValueError), match=message):
+        AttendPieces.apply(*args, 0.5, pieces([range(4)], [range(4)], 1, 4))
+
+
 def reference(q, k, v, scale, seen, sinks):
     group = q.shape[1] // k.shape[1]
     scores = (q @ k.repeat_interleave(group, dim=1).mT * scale).masked_fill(~seen.unsqueeze(1), -torch.inf)

@@ -82,6 +82,8 @@ def test_wrong_arguments_are_named():
         triton_row_losses(logits, targets, True)
     with pytest.raises(ValueError, match=r"targets has shape \(2,\); want \(3,\)"):
         triton_row_losses(logits, targets[:2].long(), True)
+    with pytest.raises(ValueError, match=r"logits has shape \(3, 0\); want at least one word"):
+        triton_row_losses(logits[:, :0], targets.long(), True)
     with pytest.raises(ValueError, match="contiguous"):
         triton_row_losses(torch.zeros(8, 3, device=DEVICE).T, targets.long(), True)
 

@@ -95,6 +95,9 @@ def test_ids_of_32_bits_and_strided():
 def test_wrong_dtype_is_named():
     with pytest.raises(TypeError, match=r"expert_ids is torch.float32"):
         dispatch.triton_plan_rows(torch.zeros(3, 2, device=DEVICE), 4, 2)
+    for own, ranks in ((0, 2), (4, 0)):
+        with pytest.raises(ValueError, match=f"experts_per_rank is {own} and ranks {ranks}; want at least 1"):
+            dispatch.triton_plan_rows(torch.zeros(3, 2, device=DEVICE, dtype=torch.int64), own, ranks)
     with pytest.raises(TypeError, match=r"values is torch.float64"):
         slots = torch.zeros(3, 2, dtype=torch.int32, device=DEVICE)
         dispatch.triton_gather_sum(torch.zeros(3, 2, device=DEVICE, dtype=torch.float64), slots[:, 0], slots)

@@ -30,18 +30,20 @@ def error(a, b):
     return ((a.double() - b).norm() / scale).item() if scale > 0 else a.norm().item()
 
 
-def compare(args):
+def compare(args, bias=None):
+    """Output and all gradients against float64; given `bias`, of clamped experts."""
     x, ids, w, gate_up, down = args
-    true = [t.detach().double().requires_grad_() for t in (x, w, gate_up, down)]
-    out = mlp.triton_expert_mlp(*args)
+    leaves = [x, w, gate_up, down] if bias is None else [x, w, gate_up, down, bias]
+    true = [t.detach().double().requires_grad_() for t in leaves]
+    out = mlp.triton_expert_mlp(*args, bias=bias)
     exact = mlp.reference_expert_mlp(true[0], ids, *true[1:])
     assert out.dtype == x.dtype
     grad = torch.randn_like(out)
     out.backward(grad)
     exact.backward(grad.double())
     pairs = {"out": (out, exact)}
-    names = ("tokens", "weights", "gate_up", "down")
-    pairs |= {n: (a.grad, b.grad) for n, a, b in zip(names, (x, w, gate_up, down), true, strict=True)}
+    names = ("tokens", "weights", "gate_up", "down", "bias")
+    pairs |= {n: (a.grad, b.grad) for n, a, b in zip(names, leaves, true, strict=False)}
     errors = {name: error(a, b) for name, (a, b) in pairs.items()}
     # a weight's gradient is a sum over features, which may cancel: it is judged by what was added
     one = torch.ones_like(ids[:, :1], dtype=torch.float64)
@@ -65,6 +67,33 @@ SIZES = {
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
 def test_against_float64(size, dtype):
     compare(problem(*size, dtype))
+
+
+def clamped(args, strided=False):
+    """Bias for the experts of these arguments, whose tokens become so large in float32 that clamps take part.
+
+    In half precision few values may be clamped: which side of 7 a rounded one falls on decides whether a gradient
+    passes."""
+    x, gate_up = args[0], args[3]
+    with torch.no_grad():
+        x.mul_(3 if x.dtype == torch.float32 else 1)
+    bias = torch.randn(gate_up.shape[1::-1] if strided else gate_up.shape[:2], device=DEVICE).to(x.dtype)
+    return (bias.T if strided else bias).requires_grad_()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
+def test_clamped_against_float64(size, dtype):
+    args = problem(*size, dtype)
+    compare(args, clamped(args))
+
+
+@pytest.mark.parametrize("ids", [torch.full((60, 2), 3), torch.randint(-4, 6, (60, 2)).clamp(min=-1)])
+def test_clamped_with_one_expert_and_with_absent_pairs(ids):
+    args = problem(60, 40, 24, 6, 2, torch.float32, ids)
+    bias = clamped(args, strided=True)
+    assert not bias.is_contiguous()
+    compare(args, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
@@ -166,24 +195,11 @@ def test_rows_put_in_order_first_give_what_gathering_gives(dtype):
 
 @gpu
 @pytest.mark.parametrize("ids", [None, absent_and_uneven()], ids=["near-uniform", "absent and uneven"])
-@pytest.mark.parametrize("clamped", [False, True])
-def test_gpu_experts_large_enough_to_put_rows_in_order_first(ids, clamped):
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gpu_experts_large_enough_to_put_rows_in_order_first(ids, with_bias):
     args = problem(77, 256, 1032, 5, 3, torch.bfloat16, ids)
     assert mlp.dispatch_first(args[0], args[4]) and not mlp.dispatch_first(args[0].float(), args[4])
-    if not clamped:
-        return compare(args)
-    x, ids, w, gate_up, down = args
-    bias = torch.randn(5, 2064, device=DEVICE, dtype=torch.bfloat16)
-    out = mlp.triton_expert_mlp(*args, bias=bias)
-    out.sum().backward()
-    small = [t.grad.clone() for t in (x, w, gate_up, down)]
-    for t in (x, w, gate_up, down):
-        t.grad = None
-    exact = [t.detach().float().requires_grad_() for t in (x, w, gate_up, down)]
-    true = mlp.triton_expert_mlp(exact[0], ids, *exact[1:], bias=bias.float())
-    true.sum().backward()
-    assert error(out, true.double()) < 1e-2
-    assert max(error(a, b.grad.double()) for a, b in zip(small, exact, strict=True)) < 1e-2
+    compare(args, clamped(args) if with_bias else None)
 
 
 def test_same_bits_every_time():
@@ -238,15 +254,28 @@ def test_each_half_of_a_split_backward_does_only_its_products(monkeypatch):
         ({4: lambda t: t.transpose(1, 2)}, "down has shape"),
         ({4: lambda t: t.to("meta")}, "down is on meta"),
         ({0: lambda t: t[:, :30], 3: lambda t: t[..., :30], 4: lambda t: t[:, :30]}, "hidden size 30 .* 16 bytes"),
+        ({0: lambda t: t[:, :0], 3: lambda t: t[..., :0], 4: lambda t: t[:, :0]}, "hidden size is 0"),
+        ({3: lambda t: t[:, :0], 4: lambda t: t[..., :0], 5: lambda t: t[:, :0]}, "expert hidden size is 0"),
+        ({3: lambda t: t[:0], 4: lambda t: t[:0], 5: lambda t: t[:0]}, "number of experts is 0"),
+        ({1: lambda t: t[:, :0], 2: lambda t: t[:, :0]}, "top_k is 0"),
+        ({5: lambda t: t[:, :16]}, r"bias has shape \(4, 16\); want \(4, 32\)"),
+        ({5: lambda t: t.half()}, "bias is torch.float16"),
     ],
 )
 def test_wrong_arguments_are_named_in_one_line(change, message):
-    args = list(problem(20, 32, 16, 4, 2, torch.float32))
+    args = [*problem(20, 32, 16, 4, 2, torch.float32), torch.zeros(4, 32, device=DEVICE)]
     for i, make in change.items():
         args[i] = make(args[i])
     with pytest.raises((TypeError, ValueError), match=message) as caught:
         mlp.triton_expert_mlp(*args)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not lang.INTERPRETED, reason="a GPU multiplies bfloat16")
+def test_the_interpreter_refuses_bfloat16():
+    """It would multiply its bits."""
+    with pytest.raises(TypeError, match=r"tokens is torch.bfloat16; want one of torch.float32, torch.float16"):
+        mlp.triton_expert_mlp(*problem(20, 32, 16, 4, 2, torch.bfloat16))
 
 
 @gpu

@@ -128,6 +128,19 @@ def test_wrong_arguments_are_named(x, r, k, message):
         triton_route(x.to(DEVICE), r.to(DEVICE), k)
 
 
+@pytest.mark.skipif(not lang.INTERPRETED, reason="a GPU multiplies bfloat16")
+def test_the_interpreter_refuses_bfloat16():
+    """It would multiply its bits."""
+    with pytest.raises(TypeError, match=r"hidden is torch.bfloat16; want one of torch.float32, torch.float16"):
+        triton_route(torch.zeros(4, 16).bfloat16(), torch.zeros(6, 16).bfloat16(), 2)
+
+
+def test_non_contiguous_inputs():
+    x, r = torch.randn(40, 50, device=DEVICE).T, torch.randn(40, 9, device=DEVICE).T
+    got, same = triton_route(x, r, 3), triton_route(x.contiguous(), r.contiguous(), 3)
+    assert not x.is_contiguous() and all(torch.equal(a, b) for a, b in zip(got, same, strict=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("sigmoid", [False, True])
 @pytest.mark.parametrize("H, E, K", [(2048, 128, 8), (2880, 32, 4), (1024, 384, 8), (7168, 256, 8)])

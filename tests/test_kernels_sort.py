@@ -51,3 +51,6 @@ def test_wrong_dtype_is_named():
         sort.sort_pairs(torch.zeros(6, dtype=torch.int64, device=DEVICE), 4, 16)
     with pytest.raises(ValueError, match=r"expert_ids is on meta; kernels want CUDA"):
         sort.sort_pairs(torch.zeros(3, 2, dtype=torch.int64, device="meta"), 4, 16)
+    for experts, rows in ((0, 16), (-1, 16), (4, 0)):
+        with pytest.raises(ValueError, match=f"num_experts is {experts} and tile_rows {rows}; want at least 1"):
+            sort.sort_pairs(torch.zeros(3, 2, dtype=torch.int64, device=DEVICE), experts, rows)

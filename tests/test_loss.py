@@ -111,6 +111,34 @@ def test_large_scores_stay_finite():
     compare(1e4 * hidden, weight, targets, 37 * 4)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({0: lambda t: t.long()}, "hidden is torch.int64; want one of torch.float64"),
+        ({1: lambda t: t[:, :9]}, r"weight has shape \(37, 9\); want \(any, 16\)"),
+        ({1: lambda t: t[:0]}, r"weight has shape \(0, 16\); want at least one word"),
+        ({1: lambda t: t.to("meta")}, "weight is on meta; want cpu"),
+        ({2: lambda t: t[:4]}, r"targets has shape \(4,\); want \(9,\)"),
+        ({2: lambda t: t.int()}, "targets is torch.int32"),
+    ],
+)
+def test_wrong_arguments_are_named_in_one_line(change, message):
+    args = list(make(9, 16, 37))
+    for i, wrong in change.items():
+        args[i] = wrong(args[i])
+    with pytest.raises((TypeError, ValueError), match=message):
+        linear_cross_entropy(*args)
+
+
+def test_a_row_that_does_not_count_may_hold_anything():
+    hidden, weight, targets = make(9, 16, 37)
+    hidden[2], targets[2] = torch.nan, -100
+    rest = torch.arange(9) != 2
+    torch.testing.assert_close(
+        linear_cross_entropy(hidden, weight, targets), linear_cross_entropy(hidden[rest], weight, targets[rest])
+    )
+
+
 @pytest.mark.parametrize("target", [-1, -99, 37, 1000])
 def test_a_target_outside_the_vocabulary_is_refused(target):
     hidden, weight, targets = make(9, 16, 37)
