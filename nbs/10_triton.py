@@ -92,8 +92,8 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What the functions around the kernels take, whose PyTorch forms can do float64 too."""
 
 # %% [markdown]
-# `runs_triton` says whether kernels *can* run; layers use them on CUDA alone. `want` is how a kernel refuses its
-# arguments: by name, in one line, before anything is launched.
+# `runs_triton` says whether kernels *can* run, `kernels_serve` whether layers use them. `want` is how a kernel refuses
+# its arguments: by name, in one line, before anything is launched.
 
 
 # %%
@@ -105,6 +105,13 @@ def runs_triton(tensor: Tensor) -> bool:
 
 # %%
 print(f"Triton here: {HAS_TRITON}, interpreted: {INTERPRETED}, takes a CPU tensor: {runs_triton(torch.ones(1))}")
+
+
+# %%
+#| export
+def kernels_serve(tensor: Tensor) -> bool:
+    """Whether layers hand `tensor` to a kernel: on CUDA, and not in float64, which PyTorch computes."""
+    return tensor.is_cuda and runs_triton(tensor) and tensor.dtype != torch.float64
 
 
 # %%

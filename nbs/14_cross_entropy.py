@@ -25,7 +25,7 @@
 import torch
 from torch import Tensor
 
-from pithtrain.kernels.lang import runs_triton, tl, triton, want
+from pithtrain.kernels.lang import kernels_serve, tl, triton, want
 
 # %% [markdown]
 # ## The maths
@@ -134,6 +134,8 @@ def triton_row_losses(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor
 
 
 # %%
+from pithtrain.kernels.lang import runs_triton
+
 if runs_triton(logits):
     gradient = logits.clone()
     torch.testing.assert_close(triton_row_losses(gradient, targets, gradient=True), true)
@@ -146,8 +148,7 @@ def row_losses(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     """Losses (T,) in nats of `logits` (T, V), which, if `gradient`, are overwritten with the gradient of their sum.
 
     targets (T,) integers in [0, V), -100 for a row that does not count. fp32 arithmetic, whatever the logits' dtype."""
-    by_kernel = logits.is_cuda and runs_triton(logits) and logits.dtype != torch.float64
-    run = triton_row_losses if by_kernel else reference_row_losses
+    run = triton_row_losses if kernels_serve(logits) else reference_row_losses
     return run(logits, targets, gradient)
 
 

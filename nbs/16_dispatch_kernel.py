@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pithtrain.kernels.lang import runs_triton, tl, triton, want
+from pithtrain.kernels.lang import kernels_serve, tl, triton, want
 
 # %% [markdown]
 # The number of rows is known on the device alone. A token visits no more than $\min(K, n)$ ranks, so buffers
@@ -108,6 +108,8 @@ def visits_kernel(id_ptr, table_ptr, T, own, K: tl.constexpr, BT: tl.constexpr, 
 
 
 # %%
+from pithtrain.kernels.lang import runs_triton
+
 if runs_triton(ids):
     table = torch.empty(2, 2, dtype=torch.int32)
     visits_kernel[(2,)](ids, table, 3, 4, K=3, BT=2, WIDTH=2)
@@ -193,7 +195,7 @@ def plan_rows(expert_ids: Tensor, experts_per_rank: int, ranks: int) -> Plan:
 
     `expert_ids` (T, K) int64, each within [0, ranks * experts_per_rank). On CUDA nothing waits for the host, and
     `rows` and `local_ids` are as long as they can become; cut them once the counts are known."""
-    run = triton_plan_rows if expert_ids.is_cuda and runs_triton(expert_ids) else reference_plan_rows
+    run = triton_plan_rows if kernels_serve(expert_ids) else reference_plan_rows
     return run(expert_ids, experts_per_rank, ranks)
 
 
@@ -311,7 +313,7 @@ def gather_sum(values: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
 
     `rows` (P,) int64 is the token of each row, `slots` (T, n) int32 the row of each visit or -1, both from `plan_rows`.
     The kernel on CUDA, whose result does not change from run to run; the reference elsewhere."""
-    run = triton_gather_sum if values.is_cuda and runs_triton(values) else reference_gather_sum
+    run = triton_gather_sum if kernels_serve(values) else reference_gather_sum
     return run(values, rows, slots)
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pithtrain.kernels.lang import runs_triton
+from pithtrain.kernels.lang import kernels_serve
 from pithtrain.kernels.router import Routed, triton_route
 
 # %% [markdown]
@@ -198,8 +198,7 @@ class Router(nn.Module):
 
     def forward(self, tokens: Tensor) -> Routed:
         """Route `tokens` (T, hidden)."""
-        on_gpu = tokens.is_cuda and runs_triton(tokens) and tokens.dtype != torch.float64
-        if on_gpu and self.groups == 1:
+        if kernels_serve(tokens) and self.groups == 1:
             return self.by_kernel(tokens)
         scoring, groups = (self.renormalise, self.sigmoid, self.scale), (self.groups, self.top_groups)
         return route(tokens, self.weight, self.bias, self.top_k, *scoring, *groups)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pithtrain.kernels.expert_mlp import triton_expert_mlp
-from pithtrain.kernels.lang import runs_triton, wanted
+from pithtrain.kernels.lang import kernels_serve, wanted
 
 # %% [markdown]
 # ## The maths
@@ -278,7 +278,7 @@ for T, H, E, K, I in ((2048, 256, 16, 2, 256), (512, 256, 128, 8, 96)):
 def kernels_take(tokens: Tensor, expert_hidden: int) -> bool:
     """Whether the kernels compute experts of this width for `tokens` (T, H)."""
     aligned = all(width * tokens.element_size() % 16 == 0 for width in (tokens.shape[1], expert_hidden))
-    return tokens.is_cuda and runs_triton(tokens) and aligned and tokens.dtype != torch.float64
+    return aligned and kernels_serve(tokens)
 
 
 # %%

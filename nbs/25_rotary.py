@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pithtrain.kernels.lang import runs_triton
+from pithtrain.kernels.lang import kernels_serve
 from pithtrain.kernels.rotary import triton_rotate
 
 # %% [markdown]
@@ -75,7 +75,7 @@ fig
 #| export
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate `x` (batch, sequence, heads, head_dim) by a table of (sequence, head_dim / 2); dtype stays."""
-    if x.is_cuda and runs_triton(x):
+    if kernels_serve(x):
         return triton_rotate(x, cos, sin)
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
@@ -114,7 +114,7 @@ assert abs(score(7, 2) - score(107, 102)) < 1e-4
 #| export
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`rotate` for a head whose pairs are neighbours, features 2i and 2i + 1; shapes as there."""
-    if x.is_cuda and runs_triton(x):
+    if kernels_serve(x):
         return triton_rotate(x, cos, sin, neighbours=True)
     first, second = x.unflatten(-1, (-1, 2)).unbind(dim=-1)
     cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)

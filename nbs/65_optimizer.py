@@ -16,7 +16,7 @@ from torch import nn
 
 from pithtrain.config import OptimizerConfig
 from pithtrain.kernels.adamw import triton_adamw
-from pithtrain.kernels.lang import runs_triton
+from pithtrain.kernels.lang import kernels_serve
 from pithtrain.parallel.sharding import on_this_rank
 
 # %% [markdown]
@@ -79,6 +79,8 @@ class KernelAdamW(torch.optim.AdamW):
 
 
 # %%
+from pithtrain.kernels.lang import runs_triton
+
 if runs_triton(theta):
     parameter = nn.Parameter(theta.clone())
     parameter.grad = g
@@ -106,7 +108,7 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConf
             chosen = [p for p in alike if (p.dim() >= 2 + experts) == matrices]
             if chosen:
                 groups.append({"params": chosen, "weight_decay": config.weight_decay if matrices else 0.0})
-    by_kernel = all(p.is_cuda and runs_triton(p) for p in parameters.values())
+    by_kernel = all(map(kernels_serve, parameters.values()))
     kind = KernelAdamW if by_kernel else partial(torch.optim.AdamW, fused=True)
     optimizer = kind(groups, config.learning_rate, (config.beta1, config.beta2), config.eps)
     for p in parameters.values():  # now and not at the first step: if memory does not suffice, that shows at once

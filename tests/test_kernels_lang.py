@@ -5,8 +5,9 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pithtrain.kernels.lang import want
+from pithtrain.kernels.lang import HAS_TRITON, kernels_serve, want
 
 WITHOUT_TRITON = """
 import importlib.util
@@ -54,3 +55,12 @@ def test_without_triton():
 def test_want_names_what_is_wrong(tensor, message):
     with pytest.raises((TypeError, ValueError), match=message):
         want("down", tensor, (2,), (torch.float32,), torch.device("cpu"))
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_kernels_serve_cuda_but_not_in_float64():
+    with FakeTensorMode():
+        here = {d: torch.empty(3, device="cuda", dtype=d) for d in (torch.float32, torch.bfloat16, torch.int64)}
+        assert all(map(kernels_serve, here.values()))
+        assert not kernels_serve(torch.empty(3, device="cuda", dtype=torch.float64))
+    assert not kernels_serve(torch.empty(3))

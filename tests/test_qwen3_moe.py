@@ -416,7 +416,7 @@ def test_gpu_kernels_of_experts_and_router_are_as_exact_as_torch(monkeypatch):
             patch.setattr(router, "triton_route", counted(router.triton_route))
             if not kernels:
                 patch.setattr(experts, "kernels_take", lambda *_: False)
-                patch.setattr(router, "runs_triton", lambda _: False)
+                patch.setattr(router, "kernels_serve", lambda _: False)
             model = qwen3_moe(config, Place(dtype=dtype)).cuda()
             initialise(model, 0)
             for layer in model.layers.values():  # what the kernel takes, so that all choose nearly the same experts

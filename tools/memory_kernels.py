@@ -42,7 +42,7 @@ def rotations(heads: int, head_dim: int, neighbours: bool):
         rotate(x, *table).backward(grad)
 
     kernel = graph_of(both)
-    with patch.object(rotary, "runs_triton", lambda _: False):
+    with patch.object(rotary, "kernels_serve", lambda _: False):
         plain = graph_of(both)
     return kernel, plain, 4 * 2 * x.numel() + 2 * 4 * 2 * table[0].numel()
 
