@@ -3,19 +3,19 @@
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPOSITORY / "tools"))
 
+nbformat = pytest.importorskip("nbformat")
 docs = pytest.importorskip("docs")
 docs_api = pytest.importorskip("docs_api")
 
 ROUTER = REPOSITORY / "nbs/20_router.py"
 
 
-def page(*cells: str) -> nbformat.NotebookNode:
+def page(*cells: str):
     code = [nbformat.v4.new_code_cell(source, id=f"cell-{i}") for i, source in enumerate([docs.SETUP, *cells])]
     return nbformat.v4.new_notebook(cells=code, metadata={"kernelspec": {"name": "python3", "display_name": "Python"}})
 
