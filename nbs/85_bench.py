@@ -16,8 +16,8 @@
 # %%
 #| export
 import datetime
-import importlib
 import importlib.metadata
+import importlib.util
 import platform
 import statistics
 import timeit
@@ -292,10 +292,11 @@ def entrants() -> dict[str, Callable[[Problem], Block]]:
     )
     for package, module, build in peers:
         try:
-            importlib.import_module(module)
+            here = importlib.util.find_spec(module)
         except ImportError:  # not installed, or another release
-            continue
-        found[package] = build
+            here = None
+        if here:
+            found[package] = build
     return found
 
 

@@ -1,6 +1,7 @@
 """The benchmark measures what it says, on the CPU."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -63,3 +64,13 @@ def test_skewed_load_is_what_it_claims(experts, top_k):
     counts = torch.bincount(ids.flatten(), minlength=experts).float()
     assert 7.5 < (counts.max() / counts.mean()).item() < 8.5
     assert all(len(set(row)) == top_k for row in ids[:50].tolist())
+
+
+def test_a_peer_of_another_release_is_left_out(tmp_path, monkeypatch):
+    (tmp_path / "torchtitan").mkdir()
+    (tmp_path / "torchtitan/__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchtitan"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert "torchtitan" not in entrants()
+    monkeypatch.delitem(sys.modules, "torchtitan")
