@@ -39,6 +39,28 @@ def kernels_meet_fresh_numbers_and_poisoned_memory(request: pytest.FixtureReques
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def unwritten(monkeypatch: pytest.MonkeyPatch):
+    """New tensors are left as they are: one of more than 2^31 elements takes memory only where it is used."""
+    import torch
+
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+
+
+@pytest.fixture
+def only_program(monkeypatch: pytest.MonkeyPatch):
+    """Have the interpreter run this program in place of any: the last one of a grid that would take hours."""
+    from pithtrain.kernels.lang import INTERPRETED
+
+    if not INTERPRETED:
+        pytest.skip("needs Triton's interpreter")
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    return lambda number: monkeypatch.setattr(
+        builder, "set_grid_idx", lambda *_: setattr(builder, "grid_idx", (number, 0, 0))
+    )
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):
         import torch

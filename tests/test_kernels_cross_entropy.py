@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from pithtrain.kernels import lang
-from pithtrain.kernels.cross_entropy import reference_row_losses, row_losses, triton_row_losses
+from pithtrain.kernels.cross_entropy import cross_entropy_kernel, reference_row_losses, row_losses, triton_row_losses
 from pithtrain.layers.loss import linear_cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -91,6 +91,19 @@ def test_wrong_arguments_are_named():
 def test_float64_goes_to_the_reference():
     losses = row_losses(torch.zeros(3, 8, device=DEVICE).double(), torch.arange(3, device=DEVICE), False)
     assert losses.dtype == torch.float64
+
+
+def test_a_row_beyond_2_to_the_31_elements(unwritten, only_program):
+    V = 64
+    T = 2**31 // V + 3
+    logits, targets = torch.empty(T, V, dtype=torch.float16), torch.empty(T, dtype=torch.int64)
+    losses = torch.empty(T)
+    logits[-1], targets[-1] = row, target = torch.randn(V).half(), torch.tensor(5)
+    only_program(T - 1)
+    cross_entropy_kernel[(1,)](logits, targets, losses, V, True, V)
+    exact = row[None].double()
+    torch.testing.assert_close(losses[-1:].double(), reference_row_losses(exact, target[None], True), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits[-1].double(), exact[0], atol=1e-3, rtol=0)
 
 
 @pytest.mark.gpu

@@ -92,6 +92,16 @@ def test_ids_of_32_bits_and_strided():
 
 
 @with_triton
+def test_rows_beyond_2_to_the_31_elements_are_added(unwritten):
+    values = torch.empty(2**16 + 4, 2**15, dtype=torch.float16, device=DEVICE)
+    P = len(values)
+    slots = torch.tensor([[P - 1, 0], [-1, P - 2]], dtype=torch.int32, device=DEVICE)
+    values[[P - 1, 0, P - 2]] = rows = torch.randn(3, 2**15, device=DEVICE).half()
+    out = dispatch.triton_gather_sum(values, torch.empty(0), slots)
+    torch.testing.assert_close(out, torch.stack([rows[0].float() + rows[1].float(), rows[2].float()]).half())
+
+
+@with_triton
 def test_wrong_dtype_is_named():
     with pytest.raises(TypeError, match=r"expert_ids is torch.float32"):
         dispatch.triton_plan_rows(torch.zeros(3, 2, device=DEVICE), 4, 2)

@@ -202,6 +202,59 @@ def test_gpu_experts_large_enough_to_put_rows_in_order_first(ids, with_bias):
     compare(args, clamped(args) if with_bias else None)
 
 
+@pytest.fixture
+def far(unwritten):
+    """Makes (rows, columns) in half precision, of more than 2^31 elements."""
+    return lambda columns: torch.empty(2**31 // columns + 7, columns, dtype=HALF, device=DEVICE)
+
+
+def one_tile(pair, slot, offsets):
+    """Rows of the one expert there is."""
+    device = {"dtype": torch.int32, "device": DEVICE}
+    pair = pair if isinstance(pair, torch.Tensor) else torch.tensor(pair, **device)
+    return mlp.Sorted(pair, *(torch.tensor(t, **device) for t in (slot, offsets, [0, 1], [0])))
+
+
+def test_rows_beyond_2_to_the_31_elements_are_written_and_read(far):
+    held = far(2**15)
+    P, H = held.shape
+    slot = torch.tensor([[P - 1, 0], [3, P - 2]], device=DEVICE)
+    order = one_tile(torch.empty(P, dtype=torch.int32, device=DEVICE), slot.tolist(), [0, P])
+    x, weights = torch.randn(2, H, device=DEVICE).to(HALF), torch.rand(2, 2, device=DEVICE)
+    rows = mlp.dispatch(x, order)
+    assert torch.equal(rows[slot], x[:, None].expand(-1, 2, -1))
+    held[slot] = y = torch.randn(2, 2, H, device=DEVICE).to(HALF)
+    out, _ = mlp.combine(held, order, weights)
+    assert error(out, (weights[..., None].double() * y.double()).sum(1)) < 1e-2
+
+
+def test_tokens_beyond_2_to_the_31_elements_are_gathered(far):
+    x = far(1024)
+    T, H = x.shape
+    order = one_tile([T - 1, 5, T - 3], [[0]], [0, 3])
+    x[order.pair.long()] = near = torch.randn(3, H, device=DEVICE).to(HALF)
+    gate_up, rows = torch.randn(1, 32, H, device=DEVICE).to(HALF), torch.randn(3, 16, device=DEVICE).to(HALF)
+    projected, _ = mlp.up_projection(x, gate_up, order)
+    assert error(projected, near.double() @ gate_up[0].double().T) < 1e-2
+    gradient = mlp.weight_gradient(rows, x, order, gather_left=False, dtype=torch.float32)
+    assert error(gradient[0], rows.double().T @ near.double()) < 1e-2
+
+
+@pytest.mark.parametrize("rows", [5, 300], ids=["part of a tile", "whole tiles"])
+def test_products_of_rows_beyond_2_to_the_31_elements(far, rows):
+    x = far(16)
+    P = len(x)
+    tiles = -(-rows // mlp.blocks_for(x).rows)
+    order = one_tile([0], [[0]], [P - rows, P])
+    order = order._replace(
+        first_tile=order.first_tile * tiles, tile_expert=order.tile_expert.expand(tiles).contiguous()
+    )
+    x[-rows:] = near = torch.randn(rows, 16, device=DEVICE).to(HALF)
+    weights = torch.randn(1, 16, 16, device=DEVICE).to(HALF)
+    y = mlp.grouped_product(x, weights, order, transposed=True)
+    assert error(y[-rows:], near.double() @ weights[0].double().T) < 1e-2
+
+
 def test_same_bits_every_time():
     args = problem(60, 32, 16, 4, 2, torch.float32)
     runs = []

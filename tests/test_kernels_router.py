@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pithtrain.kernels import lang
-from pithtrain.kernels.router import reference_route, triton_route
+from pithtrain.kernels.router import reference_route, route_gradient_kernel, route_kernel, triton_route
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
@@ -133,6 +133,26 @@ def test_the_interpreter_refuses_bfloat16():
     """It would multiply its bits."""
     with pytest.raises(TypeError, match=r"hidden is torch.bfloat16; want one of torch.float32, torch.float16"):
         triton_route(torch.zeros(4, 16).bfloat16(), torch.zeros(6, 16).bfloat16(), 2)
+
+
+def test_tokens_beyond_2_to_the_31_elements(unwritten, only_program):
+    H = E = 32
+    T, K, rows = 2**31 // H + 16, 2, 16
+    hidden, probs = torch.empty(T, H, dtype=torch.float16), torch.empty(T, E)
+    weights, ids, load = torch.empty(T, K), torch.empty(T, K, dtype=torch.int64), torch.zeros(E, dtype=torch.int32)
+    hidden[-rows:], router_weight = torch.randn(rows, H).half(), torch.randn(E, H).half()
+    only_program(T // rows - 1)
+    args = weights, ids, probs, load, T, 1.0
+    route_kernel[(1,)](hidden, router_weight, None, *args, H, E, K, E, K, False, True, False, rows, 16)
+    last = hidden[-rows:].double().requires_grad_()
+    true = reference_route(last, router_weight.double(), K)
+    assert torch.equal(ids[-rows:], true.expert_ids) and torch.equal(load, true.load)
+    assert error(weights[-rows:], true.weights) < 1e-5 and error(probs[-rows:], true.probs) < 1e-5
+    d_weights, d_logits = torch.empty(T, K), torch.empty(T, E)
+    d_weights[-rows:] = grad = torch.randn(rows, K)
+    route_gradient_kernel[(1,)](probs, ids, d_weights, None, d_logits, T, 1.0, E, K, E, False, True, False, rows)
+    (d_hidden,) = torch.autograd.grad(true.weights, last, grad.double())
+    assert error(d_logits[-rows:].double() @ router_weight.double(), d_hidden) < 1e-5
 
 
 def test_non_contiguous_inputs():
