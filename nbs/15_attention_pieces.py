@@ -395,6 +395,10 @@ def attend_piece(q: Tensor, k: Tensor, v: Tensor, scale: float, piece: Piece) ->
         if piece.cuts is not None:
             out, lse = out.unflatten(0, (batch, queries)), lse.view(heads, batch, queries).transpose(0, 1)
         return out[..., :wide].transpose(1, 2), lse
+    if piece.cuts is not None:
+        raise ValueError(
+            f"a piece of several documents is for FlashAttention, not {q.dtype} on {q.device}: give a tile"
+        )
     scores = piece_scores(q, k, scale, piece)
     top = scores.amax(dim=-1, keepdim=True)
     shares = scores.sub_(top).exp_()

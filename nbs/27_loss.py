@@ -93,6 +93,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_
     want("hidden", hidden, (None, None), FLOATS, hidden.device)
     want("weight", weight, (None, hidden.shape[1]), FLOATS, hidden.device)
     want("targets", targets, (len(hidden),), (torch.int64,), hidden.device)
+    if chunk_elements is not None and chunk_elements < 1:
+        raise ValueError(f"chunk_elements is {chunk_elements}; want at least 1")
     if len(weight) == 0:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; want at least one word")
     rows = (chunk_elements or (1 << 28 if hidden.is_cuda else 1 << 21)) // weight.shape[0]

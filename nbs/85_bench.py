@@ -528,7 +528,7 @@ for ax, file in zip(axes.T.flat, files, strict=False):
     bars = ax.barh([r["name"] for r in recorded["rows"]], [r["ratio_to_floor"] for r in recorded["rows"]])
     ax.bar_label(bars, [f"{r['ratio_to_floor']:.2f}: {r['ms']:.1f} ms" for r in recorded["rows"]], fontsize=7)
     ax.axvline(1, color="0.5", lw=1)
-    card = recorded["measured"].split("NVIDIA ")[1].split()[0]
+    card = (recorded["measured"].partition("NVIDIA ")[2] or "CPU").split()[0]
     ax.set(title=f"{recorded['shape']['name']}, {card}", xlim=(0, 3.9))
     ax.invert_yaxis()
     ax.tick_params(axis="y", labelleft=ax in axes[:, 0], labelsize=8)
@@ -538,8 +538,8 @@ fig
 
 # %% [markdown]
 # By NVIDIA's data sheets both cards multiply equally fast, and the H200's memory is faster, 4.8 TB/s instead of 3.35:
-# torch and transformers add 14 to 18 % less there. Smaller differences between files mean little: such products run a
-# card into its power limit, and the figures move by several percent from one run to the next.
+# torch and transformers add 13 to 18 % fewer milliseconds there. Smaller differences between files mean little: such
+# products run a card into its power limit, and the figures move by several percent from one run to the next.
 
 # %% [markdown]
 # ## Dispatch

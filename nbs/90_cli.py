@@ -17,8 +17,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -59,13 +59,22 @@ parse_overrides(["--train.steps", "500", "--run.name=wide"])
 
 # %%
 #| export
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusal of a file into the user's mistake."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
+
+
+# %%
+#| export
 def save_json(result: dict, path: Path | None) -> None:
     """Write a result, where a file was asked for."""
     if path is not None:
-        try:
+        with writing(path):
             path.write_text(json.dumps(result, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
 
 
 # %% [markdown]
@@ -269,7 +278,8 @@ def schedule_command(arguments: argparse.Namespace) -> None:
     print(describe(schedule, costs), unit, sep="\n")
     size = f"pp{pp}-m{microbatches}" + f"-chunks{chunks or 2}" * (kind == "interleaved")
     picture = arguments.picture or Path(f"{kind}-{size}.png")
-    draw(schedule, costs, path=picture)
+    with writing(picture):
+        draw(schedule, costs, path=picture)
     print(f"picture: {picture}")
 
 

@@ -105,6 +105,13 @@ def test_boundaries_ascend_and_one_stands_before_each_row(documents):
         pieces([range(4)], [range(4)], 2, 4, documents=torch.tensor(documents))
 
 
+def test_documents_in_one_piece_are_refused_where_they_would_be_ignored():
+    q = torch.randn(1, 2, 8, 16)
+    cut = pieces([range(8)], [range(8)], 1, 8, documents=torch.tensor([0, 3, 8]))
+    with pytest.raises(ValueError, match="a piece of several documents is for FlashAttention, not torch"):
+        AttendPieces.apply(q, q, q, None, 0.25, cut)
+
+
 def test_a_window_without_a_key_is_refused():
     with pytest.raises(ValueError, match="window: is 0; want at least 1"):
         pieces([range(4)], [range(4)], 2, 4, window=0)

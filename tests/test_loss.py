@@ -120,10 +120,11 @@ def test_large_scores_stay_finite():
         ({1: lambda t: t.to("meta")}, "weight is on meta; want cpu"),
         ({2: lambda t: t[:4]}, r"targets has shape \(4,\); want \(9,\)"),
         ({2: lambda t: t.int()}, "targets is torch.int32"),
+        ({3: lambda _: 0}, "chunk_elements is 0; want at least 1"),
     ],
 )
 def test_wrong_arguments_are_named_in_one_line(change, message):
-    args = list(make(9, 16, 37))
+    args = [*make(9, 16, 37), None]
     for i, wrong in change.items():
         args[i] = wrong(args[i])
     with pytest.raises((TypeError, ValueError), match=message):

@@ -424,6 +424,16 @@ def test_what_argparse_refuses_is_one_line_that_names_the_option(capsys, argumen
     assert message.startswith(f"pithtrain: {expected}") and message.count("\n") == 1
 
 
+def test_a_picture_that_the_system_refuses_is_one_line(capsys, tmp_path, monkeypatch):
+    def full(*_, **how):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    path = tmp_path / "x.png"
+    said = refused(capsys, ["schedule", "--picture", str(path)])
+    assert f"{path}: cannot be written (No space left on device)" in said
+
+
 @pytest.mark.parametrize("arguments", [["schedule", "--picture"], ["bench", "moe", "--json"]])
 def test_output_that_could_not_be_written_is_refused_before_the_work(capsys, tmp_path, arguments):
     assert "there is no folder" in refused(capsys, [*arguments, str(tmp_path / "none/x.png")])
