@@ -135,12 +135,8 @@ def run(page: Path, notebook: nbformat.NotebookNode) -> tuple[nbformat.NotebookN
     """Run `notebook` in a folder of its own; return it with outputs, the CPU's seconds, and its error if it failed."""
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-    from traitlets.config import Config
 
     before, error = cpu_of_children(), ""
-    sockets = Config(
-        {"KernelManager": {"transport": "ipc"}}
-    )  # kernels that start together can choose the same TCP port
     with tempfile.TemporaryDirectory() as folder:
         looked_at = ("configs", "docs", "nbs", "tools") + (COMMANDS_SEE if page.suffix == ".md" else ())
         for name in looked_at:  # a checkout to read; what is written stays in the folder
@@ -150,7 +146,7 @@ def run(page: Path, notebook: nbformat.NotebookNode) -> tuple[nbformat.NotebookN
         environment["MPLBACKEND"] = "Agg"
         client = NotebookClient(
             notebook, timeout=SECONDS, startup_timeout=SECONDS, extra_arguments=["--log-level=ERROR"],
-            resources={"metadata": {"path": folder}}, config=sockets,
+            resources={"metadata": {"path": folder}},
         )  # fmt: skip
         try:
             client.execute(env=environment)
