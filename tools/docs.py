@@ -144,14 +144,20 @@ def run(page: Path, notebook: nbformat.NotebookNode) -> tuple[nbformat.NotebookN
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "100"}
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         environment["MPLBACKEND"] = "Agg"
-        client = NotebookClient(
-            notebook, timeout=SECONDS, startup_timeout=SECONDS, extra_arguments=["--log-level=ERROR"],
-            resources={"metadata": {"path": folder}},
-        )  # fmt: skip
-        try:
-            client.execute(env=environment)
-        except (CellExecutionError, CellTimeoutError, DeadKernelError) as failure:
-            error = re.sub(r"\x1b\[[\d;]*m", "", str(failure))
+        for last in (False, True):
+            client = NotebookClient(
+                notebook, timeout=SECONDS, startup_timeout=SECONDS, extra_arguments=["--log-level=ERROR"],
+                resources={"metadata": {"path": folder}},
+            )  # fmt: skip
+            try:
+                client.execute(env=environment)
+            except (CellExecutionError, CellTimeoutError, DeadKernelError) as failure:
+                error = re.sub(r"\x1b\[[\d;]*m", "", str(failure))
+            except RuntimeError:  # the kernel did not start: another that starts may have taken its port
+                if last:
+                    raise
+                continue
+            break
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # when it ran: would make each build differ from the last
         for output in cell.get("outputs", []):

@@ -9,6 +9,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPOSITORY / "tools"))
 
 nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
 docs = pytest.importorskip("docs")
 docs_api = pytest.importorskip("docs_api")
 
@@ -31,6 +32,22 @@ def test_a_failing_cell_is_an_error():
     _, _, error = docs.run(ROUTER, page("print('before')", "1 / 0"))
     assert "ZeroDivisionError" in error
     assert "1 / 0" in error
+
+
+def test_a_kernel_that_does_not_start_is_started_again(monkeypatch):
+    starts, execute = [], nbclient.NotebookClient.execute
+
+    def first_dies(client, **options):
+        starts.append(client)
+        if len(starts) == 1:
+            raise RuntimeError("Kernel died before replying to kernel_info")
+        return execute(client, **options)
+
+    monkeypatch.setattr(nbclient.NotebookClient, "execute", first_dies)
+    notebook, _, error = docs.run(ROUTER, page("print('ran')"))
+    assert not error
+    assert notebook.cells[1].outputs[0].text == "ran\n"
+    assert len(starts) == 2
 
 
 def test_a_figure_is_told_by_its_title_axes_and_legend():

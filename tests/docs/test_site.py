@@ -83,8 +83,12 @@ class Watched:
         self.tab = self.context.new_page()
         self.tab.on("console", lambda said: said.type in ("error", "warning") and self.wrong.append(said.text))
         self.tab.on("pageerror", lambda error: self.wrong.append(str(error)))
-        self.tab.on("requestfailed", lambda request: self.wrong.append(f"failed: {request.url}"))
+        self.tab.on("requestfailed", self.failed)
         self.tab.on("request", self.leaving)
+
+    def failed(self, request) -> None:
+        if request.failure != "net::ERR_ABORTED":  # which it is when the tab leaves a page that is still loading
+            self.wrong.append(f"{request.failure}: {request.url}")
 
     def leaving(self, request) -> None:
         if not request.url.startswith((self.address, "data:", "blob:")):
