@@ -148,9 +148,9 @@ def pieces(
     wrong boundaries, or a window without a key."""
     bounds = None if documents is None else documents.tolist()
     if bounds is not None:
-        if (bounds[0], bounds[-1]) != (0, rows * length):
-            ends = f"{bounds[0]} to {bounds[-1]}"
-            raise ValueError(f"documents: boundaries go from {ends}, not from 0 to {rows} x {length} tokens")
+        if not bounds or (bounds[0], bounds[-1]) != (0, rows * length):
+            ends = f"go from {bounds[0]} to {bounds[-1]}" if bounds else "are none"
+            raise ValueError(f"documents: boundaries {ends}; want 0 to {rows} x {length} tokens")
         if bounds != sorted(bounds) or not set(bounds).issuperset(range(0, rows * length, length)):
             raise ValueError(
                 f"documents: boundaries must ascend, and one must stand before each row of {length} tokens"

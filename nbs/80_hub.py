@@ -306,7 +306,9 @@ def import_model(source: Path, run: Path, report: Callable[[str], None] = print)
     if lines := misfits(expected, stored, found.beside):
         if (method := quantised.get("quant_method", "fp8")) not in ("fp8", "mxfp4"):
             lines.insert(0, f"quantization_config: {method!r} weights are not read, only 'fp8' and 'mxfp4'")
-        raise UserError("\n".join([f"{source}: its tensors are not those of this {found.architecture}:", *lines]))
+        more = [f"and {len(lines) - 20} more"] * (len(lines) > 20)
+        title = f"{source}: its tensors are not those of this {found.architecture}:"
+        raise UserError("\n".join([title, *lines[:20], *more]))
 
     def read(key: str) -> Tensor:
         name = key.removeprefix("model.")

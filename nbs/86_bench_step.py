@@ -16,6 +16,7 @@
 # %%
 #| export
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -160,6 +161,7 @@ def step_profile(step: Step, ids: Tensor) -> dict[str, dict[str, float]]:
     """Milliseconds of one step's device time, by kind of work and for the longest operators or kernels."""
     from torch.profiler import ProfilerActivity, profile
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it says when it starts and ends otherwise
     cuda = ids.is_cuda
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as recorder:
         step(ids)

@@ -14,6 +14,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
@@ -291,13 +292,14 @@ def schedule_command(arguments: argparse.Namespace) -> None:
 
 # %%
 #| export
-def ranged(kind: type, low: float) -> Callable[[str], float]:
-    """An argparse type: a number of type `kind` that is at least `low`."""
+def ranged(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a number of type `kind` from `low` to `high`."""
 
     def parse(text: str) -> float:
         value = kind(text)
-        if not value >= low:
-            raise argparse.ArgumentTypeError(f"{text} is out of range, expected at least {low}")
+        if not low <= value <= high:
+            wanted = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range, expected {wanted}")
         return value
 
     parse.__name__ = kind.__name__
@@ -317,6 +319,8 @@ def output(*endings: str) -> Callable[[str], Path]:
             raise UserError(f"{path}: is a folder; expected a file to write")
         if path.suffix not in endings:
             raise UserError(f"{path}: expected a name that ends in {' or '.join(endings)}")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UserError(f"{path}: cannot be written (no permission); choose another place")
         return path
 
     return parse
@@ -430,7 +434,8 @@ def make_parser() -> Parser:
     schedule.number("--pp", 4, 1, "pipeline ranks")
     schedule.number("--microbatches", 16, 1, "microbatches of a step")
     schedule.add_argument("--chunks", type=ranged(int, 1), help="stages of a rank, interleaved only (default 2)")
-    schedule.number("--hidden", 0.0, 0.0, "share of a forward that overlap hides")
+    hidden = "share of a forward that overlap hides (default %(default)s)"
+    schedule.add_argument("--hidden", type=ranged(float, 0, 1), default=0.0, help=hidden)
     schedule.number("--send", 0.0, 0.0, "what a transfer takes, of the forward of 1/PP of the model")
     picture = output(".png", ".svg", ".pdf")
     schedule.add_argument("--picture", type=picture, help="where to save the picture (default KIND-ppP-mM.png)")

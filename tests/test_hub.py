@@ -340,7 +340,15 @@ def test_weights_packed_in_an_unknown_way_are_refused_by_its_name(tmp_path):
     assert "quantization_config: 'awq' weights are not read" in refused(folder, tmp_path / "no")
 
 
-def test_a_folder_that_does_not_fit_is_refused_with_every_name(tmp_path):
+def test_of_many_tensors_that_do_not_fit_twenty_are_named(tmp_path):
+    folder = published(tmp_path / "in")
+    rewrite(folder, lambda tensors: [tensors.pop(name) for name in list(tensors)[:25]])
+    lines = refused(folder, tmp_path / "run").splitlines()
+    assert len(lines) == 22 and all(line.endswith("is missing") for line in lines[1:-1])
+    assert lines[-1] == "and 5 more"
+
+
+def test_a_folder_that_does_not_fit_is_refused_by_name(tmp_path):
     folder = published(tmp_path / "in")
 
     def spoil(tensors):

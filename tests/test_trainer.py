@@ -415,6 +415,7 @@ def test_generate(command, tmp_path, capsys):
         (["train"], "the following arguments are required: config; pithtrain train --help"),
         (["generate", "run", "--temperature", "-1"], "--temperature: -1 is out of range, expected at least 0"),
         (["generate", "run", "--tokens", "x"], "--tokens: invalid int value: 'x'; pithtrain generate --help"),
+        (["schedule", "--hidden", "2"], "--hidden: 2 is out of range, expected from 0 to 1; pithtrain schedule --help"),
         (["bench", "moe", "extra"], "extra: unexpected; pithtrain bench moe --help"),
     ],
 )
@@ -435,9 +436,11 @@ def test_a_picture_that_the_system_refuses_is_one_line(capsys, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("arguments", [["schedule", "--picture"], ["bench", "moe", "--json"]])
-def test_output_that_could_not_be_written_is_refused_before_the_work(capsys, tmp_path, arguments):
+def test_output_that_could_not_be_written_is_refused_before_the_work(capsys, tmp_path, monkeypatch, arguments):
     assert "there is no folder" in refused(capsys, [*arguments, str(tmp_path / "none/x.png")])
     assert "expected a name that ends in" in refused(capsys, [*arguments, str(tmp_path / "x.foo")])
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    assert "x.png: cannot be written" in refused(capsys, ["schedule", "--picture", str(tmp_path / "x.png")])
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["train", "--help"], ["train", "none.toml"]])
