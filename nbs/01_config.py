@@ -251,13 +251,6 @@ class GptOssConfig(GroupedQueryConfig):
     yarn_beta_fast: float = knob(32.0, "turns in yarn_length from which a pair keeps its frequency", low=0.01)
     yarn_beta_slow: float = knob(1.0, "turns in yarn_length up to which a pair is slowed by yarn_factor", low=0.01)
 
-    def problems(self) -> list[str]:
-        found = super().problems()
-        for name, width in (("hidden", self.hidden), ("expert_hidden", self.expert_hidden)):
-            if width % 8:
-                found += [f"{name}: {width} is not a multiple of 8, which this family's experts need"]
-        return found
-
 
 # %%
 #| export

@@ -52,7 +52,7 @@ def reference_expert_mlp(
             gate, up = gate.clamp(max=7), up.clamp(-7, 7) + 1
         activated = F.silu(gate) * up if bias is None else gate * torch.sigmoid(1.702 * gate) * up
         y = F.linear(activated, own_down.to(tokens.dtype))
-        out = out.index_add(0, t, weights[t, k, None] * y)
+        out.index_add_(0, t, weights[t, k, None] * y)
     return out.to(tokens.dtype)
 
 
@@ -641,20 +641,13 @@ def activation_gradient(
 # %% [markdown]
 # From there it is one product and one `combine` to the gradients of everything that is not a weight of an expert:
 
-
-# %%
-#| export
-def input_gradients(d_projected: Tensor, partials: Tensor, gate_up: Tensor, order: Sorted) -> tuple[Tensor, Tensor]:
-    """d_tokens (T, H) and d_weights (T, K) from what `activation_gradient` left."""
-    return combine(grouped_product(d_projected, gate_up, order, transposed=False), order, None, partials)
-
-
 # %%
 if INTERPRETED:
     x, ids, w, gate_up, down = args = problem(T=20, H=24, I=40, E=4, K=2)
     reference_expert_mlp(*args).sum().backward()
     d_projected, scaled, partials = activation_gradient(torch.ones_like(x), down.detach(), w.detach(), projected, order)
-    d_tokens, d_weights = input_gradients(d_projected, partials, gate_up.detach(), order)
+    d_sorted = grouped_product(d_projected, gate_up.detach(), order, transposed=False)
+    d_tokens, d_weights = combine(d_sorted, order, None, partials)
     torch.testing.assert_close(d_tokens, x.grad)
     torch.testing.assert_close(d_weights, w.grad)
 
@@ -704,16 +697,22 @@ def weight_gradient_kernel(
 
 # %%
 #| export
-def weight_gradient(rows: Tensor, per_token: Tensor, order: Sorted, gather_left: bool, dtype: torch.dtype) -> Tensor:
-    """Sum over each expert's rows of left^T right, one side `rows` (P, .), the other gathered from (T, .)."""
-    left, right = (per_token, rows) if gather_left else (rows, per_token)
+def weight_gradient(
+    rows: Tensor, others: Tensor, order: Sorted, gather_left: bool, dtype: torch.dtype, in_order: bool = False
+) -> Tensor:
+    """Sum over each expert's rows of left^T right: (E, ., .) in `dtype`.
+
+    One side is `rows` (P, .), the other is gathered from `others` (T, .) or, `in_order`, is `others` (P, .)."""
+    left, right = (others, rows) if gather_left else (rows, others)
+    if in_order:
+        return F.grouped_mm(left.T, right, offs=order.offsets[1:]).to(dtype)
     E, (M, N), programs = len(order.offsets) - 1, (left.shape[1], right.shape[1]), programs_on(rows)
     b = blocks_for(rows)
     narrow, wide = min(b.rows, b.columns), max(b.rows, b.columns)
     tall, across = (narrow, wide) if gather_left else (wide, narrow)
     out = rows.new_empty(E, M, N, dtype=dtype)
     weight_gradient_kernel[(programs,)](
-        TensorDescriptor.from_tensor(rows, [b.inner, wide]), per_token, order.pair,
+        TensorDescriptor.from_tensor(rows, [b.inner, wide]), others, order.pair,
         TensorDescriptor.from_tensor(out, [1, tall, across // 2]), order.offsets, M, N, E, order.slot.shape[1],
         gather_left, tall, across, b.inner, programs, num_warps=b.warps, num_stages=b.stages + 1,
     )  # fmt: skip
@@ -721,27 +720,11 @@ def weight_gradient(rows: Tensor, per_token: Tensor, order: Sorted, gather_left:
 
 
 # %%
-#| export
-def gate_up_gradient(
-    d_projected: Tensor, tokens: Tensor, order: Sorted, dtype: torch.dtype, in_order: bool = False
-) -> Tensor:
-    """Gradient of gate_up (E, 2I, H), from what `activation_gradient` left; `tokens` as in `up_projection`."""
-    if in_order:
-        return F.grouped_mm(d_projected.T, tokens, offs=order.offsets[1:]).to(dtype)
-    return weight_gradient(d_projected, tokens, order, gather_left=False, dtype=dtype)
-
-
-def down_gradient(scaled: Tensor, grad: Tensor, order: Sorted, dtype: torch.dtype, in_order: bool = False) -> Tensor:
-    """Gradient of down (E, H, I), from what `activation_gradient` left; `grad` as there."""
-    if in_order:
-        return F.grouped_mm(grad.T, scaled, offs=order.offsets[1:]).to(dtype)
-    return weight_gradient(scaled, grad, order, gather_left=True, dtype=dtype)
-
-
-# %%
 if INTERPRETED:
-    torch.testing.assert_close(gate_up_gradient(d_projected, x.detach(), order, x.dtype), gate_up.grad)
-    torch.testing.assert_close(down_gradient(scaled, torch.ones_like(x), order, x.dtype), down.grad)
+    d_gate_up = weight_gradient(d_projected, x.detach(), order, gather_left=False, dtype=x.dtype)
+    d_down = weight_gradient(scaled, torch.ones_like(x), order, gather_left=True, dtype=x.dtype)
+    torch.testing.assert_close(d_gate_up, gate_up.grad)
+    torch.testing.assert_close(d_down, down.grad)
 
 # %% [markdown]
 # ## Together
@@ -762,7 +745,7 @@ if INTERPRETED:
 
 # %%
 #| export
-class ExpertMLP(torch.autograd.Function):
+class TritonExpertMLP(torch.autograd.Function):
     """`triton_expert_mlp` with its gradients."""
 
     @staticmethod
@@ -790,17 +773,19 @@ class ExpertMLP(torch.autograd.Function):
             grad, down, weights, projected, order, in_order, ctx.clamped
         )
         if wants_down:
-            d_down = down_gradient(scaled, grad, order, ctx.dtype, in_order)
+            d_down = weight_gradient(scaled, grad, order, True, ctx.dtype, in_order)
         del scaled, grad
         if wants_tokens or wants_weights:
-            d_tokens, d_weights = input_gradients(d_projected, partials, gate_up, order)
+            d_sorted = grouped_product(d_projected, gate_up, order, transposed=False)
+            d_tokens, d_weights = combine(d_sorted, order, None, partials)
+            del d_sorted
         if wants_gate_up:
             rows = dispatch(tokens, order) if in_order else tokens
-            d_gate_up = gate_up_gradient(d_projected, rows, order, ctx.dtype, in_order)
+            d_gate_up = weight_gradient(d_projected, rows, order, False, ctx.dtype, in_order)
             del rows
         if any(wants_bias):  # a bias is the weight of an input that is always 1; a descriptor's rows take 16 bytes
             ones = tokens.new_ones(len(tokens), 16 // tokens.element_size())
-            d_bias = weight_gradient(d_projected, ones, order, gather_left=False, dtype=d_projected.dtype)[..., 0]
+            d_bias = weight_gradient(d_projected, ones, order, False, d_projected.dtype)[..., 0]
         return d_tokens, None, d_weights, d_gate_up, d_down, d_bias
 
 
@@ -840,7 +825,7 @@ def triton_expert_mlp(
         return tokens * 0 + sum(t.sum() for t in (weights, gate_up, down, bias) if t is not None) * 0
     gate_up, down = (t.contiguous() for t in (gate_up, down))
     gate_up, down = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (gate_up, down))  # as descriptors want it
-    return ExpertMLP.apply(tokens.contiguous(), expert_ids, weights.contiguous(), gate_up, down, bias)
+    return TritonExpertMLP.apply(tokens.contiguous(), expert_ids, weights.contiguous(), gate_up, down, bias)
 
 
 # %% [markdown]

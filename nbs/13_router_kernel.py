@@ -67,14 +67,9 @@ class Routed(NamedTuple):
 
 
 # %%
-#| export
-def reference_route(
-    hidden: Tensor, router_weight: Tensor, top_k: int, bias: Tensor | None = None,
-    renormalise: bool = True, sigmoid: bool = False, scale: float = 1.0,
-) -> Routed:  # fmt: skip
-    """`triton_route` in plain PyTorch, in fp32 or, for float64 inputs, in float64."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    logits = hidden.to(wide) @ router_weight.to(wide).T
+def reference_route(hidden, router_weight, top_k, bias=None, renormalise=True, sigmoid=False, scale=1.0):
+    """`triton_route` in plain PyTorch, in the dtype of what it is given."""
+    logits = hidden @ router_weight.T
     probs = logits.sigmoid() if sigmoid else logits.softmax(-1)
     chosen = probs.detach() if bias is None else probs.detach() + bias
     expert_ids = chosen.topk(top_k).indices
@@ -281,16 +276,14 @@ def triton_route(
     `hidden` and `router_weight`, through `weights` and `probs`. Raises TypeError or ValueError, one line, on bad
     arguments."""
     want("hidden", hidden, (None, None), PRODUCTS_OF)
-    (T, H), device = hidden.shape, hidden.device
-    want("router_weight", router_weight, (None, H), PRODUCTS_OF, device)
+    device = hidden.device
+    want("router_weight", router_weight, (None, hidden.shape[1]), PRODUCTS_OF, device)
     E = len(router_weight)
     if bias is not None:
         want("bias", bias, (E,), (torch.float32,), device)
         bias = bias.contiguous()
     if not 1 <= top_k <= E:
         raise ValueError(f"top_k is {top_k}; want 1 to {E}, the number of experts")
-    if T == 0:
-        return reference_route(hidden, router_weight, top_k, bias, renormalise, sigmoid, scale)
     return Routed(
         *Route.apply(hidden.contiguous(), router_weight.contiguous(), top_k, bias, renormalise, sigmoid, scale)
     )

@@ -136,7 +136,7 @@ class Rotate(torch.autograd.Function):
 # %%
 #| export
 def triton_rotate(x: Tensor, cos: Tensor, sin: Tensor, neighbours: bool = False) -> Tensor:
-    """Turn the pairs of `x` (B, S, heads, D): `rotate` of halves or, if `neighbours`, `rotate_pairs` by one kernel.
+    """Turn the pairs of `x` (B, S, heads, D): `layers.rotary.rotate` by one kernel.
 
     `cos` and `sin` (S, D / 2) or (B, S, D / 2) are fp32. Differentiable once, in `x` alone. Raises TypeError or
     ValueError, one line, on bad arguments."""

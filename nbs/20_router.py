@@ -97,19 +97,17 @@ for best in (1, 2):
 # Scores and choice are float32 whatever the model computes in: two experts whose scores differ in
 # the fourth digit would tie in bfloat16, and a tie broken differently on two machines is a different model.
 #
-# A bias can choose experts whose probabilities have all underflowed to zero. `TINY` makes their weights zero
-# then, and not the quotient of two zeros. What comes out is [the kernel's](13_router_kernel.py) `Routed`: `weights` and
-# `expert_ids` (T, K), and what a [balance loss](21_balance.py) asks for, `probs` (T, E) and each expert's `load` (E,).
+# A bias can choose experts whose probabilities have all underflowed to zero. 1e-20 beside their sum makes their
+# weights zero then, and not the quotient of two zeros. What comes out is [the kernel's](13_router_kernel.py)
+# `Routed`: `weights` and `expert_ids` (T, K), and what a [balance loss](21_balance.py) asks for, `probs` (T, E) and
+# each expert's `load` (E,).
 
 
 # %%
 #| export
-TINY = 1e-20  # nothing beside a sum above 1e-12; shares of a sum of zero are zero
-
-
 def shares(scores: Tensor) -> Tensor:
-    """`scores` divided by their sum over the last axis, and `TINY`."""
-    return scores / (scores.sum(dim=-1, keepdim=True) + TINY)
+    """`scores` divided by their sum over the last axis; of a sum of zero all shares are zero."""
+    return scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)  # nothing beside a sum above 1e-12
 
 
 def expert_load(expert_ids: Tensor, experts: int) -> Tensor:
@@ -198,14 +196,9 @@ class Router(nn.Module):
 
     def forward(self, tokens: Tensor) -> Routed:
         """Route `tokens` (T, hidden)."""
-        if kernels_serve(tokens) and self.groups == 1:
-            return self.by_kernel(tokens)
-        scoring, groups = (self.renormalise, self.sigmoid, self.scale), (self.groups, self.top_groups)
-        return route(tokens, self.weight, self.bias, self.top_k, *scoring, *groups)
-
-    def by_kernel(self, tokens: Tensor) -> Routed:
-        """`forward` by the kernel, for experts in one group; `load` is int32."""
-        scoring = (self.renormalise, self.sigmoid, self.scale)
+        scoring = self.renormalise, self.sigmoid, self.scale
+        if self.groups > 1 or not kernels_serve(tokens):
+            return route(tokens, self.weight, self.bias, self.top_k, *scoring, self.groups, self.top_groups)
         found = triton_route(tokens, self.weight.to(tokens.dtype), self.top_k, self.bias, *scoring)
         return found._replace(probs=shares(found.probs)) if self.sigmoid else found
 

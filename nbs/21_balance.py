@@ -16,29 +16,21 @@ import torch
 from torch import Tensor
 
 from pithtrain.config import BalanceConfig
-from pithtrain.layers.router import Routed, expert_load
+from pithtrain.layers.router import Routed
 
 # %% [markdown]
 # ## Load
 #
 # The *load* of an expert is the number of (token, expert) pairs that it gets. The router counts it over all the tokens
-# that it sees; where each sequence is to be balanced, it is counted for each of them apart.
-
-
-# %%
-#| export
-def sequence_load(expert_ids: Tensor, sequences: int, experts: int) -> Tensor:
-    """Pairs that each expert gets from each of `sequences` equally long ones, (sequences, experts) int64.
-
-    `expert_ids` (T, K) holds the sequences one after the other."""
-    return expert_load(expert_ids.reshape(sequences, -1), experts)
-
+# that it sees; where each sequence is to be balanced, it is counted for each of them apart:
 
 # %%
+from pithtrain.layers.router import expert_load
+
 torch.manual_seed(0)
 probs = torch.softmax(torch.randn(64, 8) + torch.linspace(0, 2, 8), dim=1)
 ids = probs.topk(2).indices
-load = sequence_load(ids, 4, 8)
+load = expert_load(ids.reshape(4, -1), 8)
 for sequence, row in enumerate(load):
     print(f"sequence {sequence}:", row.tolist())
 print("together:  ", load.sum(dim=0).tolist(), "of", ids.numel(), "pairs")
@@ -95,7 +87,7 @@ print("the skewed router above:", round(switch_loss(probs, load.sum(dim=0)).item
 # %%
 own = torch.arange(4).repeat_interleave(16)
 ids = torch.stack([2 * own, 2 * own + 1], dim=1)
-probs, load = torch.zeros(64, 8).scatter_(1, ids, 0.5), sequence_load(ids, 4, 8)
+probs, load = torch.zeros(64, 8).scatter_(1, ids, 0.5), expert_load(ids.reshape(4, -1), 8)
 print("one microbatch of all four:  ", switch_loss(probs, load.sum(dim=0)).item())
 print("a microbatch of one sequence:", switch_loss(probs[:16], load[0]).item())
 print("sequence:                    ", switch_loss(probs.view(4, 16, 8), load).item())

@@ -13,10 +13,9 @@
 # %%
 #| export
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pithtrain.kernels.expert_mlp import triton_expert_mlp
+from pithtrain.kernels.expert_mlp import reference_expert_mlp, triton_expert_mlp
 from pithtrain.layers.experts import kernels_take
 
 # %% [markdown]
@@ -32,11 +31,10 @@ from pithtrain.layers.experts import kernels_take
 
 
 # %%
-#| export
-def clamped_swiglu(pre: Tensor, limit: float = 7.0) -> Tensor:
-    """(..., 2D), gates first, to (..., D): gate * sigmoid(1.702 gate) * (up + 1), both held within `limit`."""
-    gate, up = pre.chunk(2, dim=-1)
-    gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+def clamped_swiglu(projected):
+    """(..., 2D), gates first, to (..., D)."""
+    gate, up = projected.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=7), up.clamp(min=-7, max=7)
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
@@ -46,6 +44,7 @@ def clamped_swiglu(pre: Tensor, limit: float = 7.0) -> Tensor:
 
 # %%
 import matplotlib.pyplot as plt
+import torch.nn.functional as F
 
 gate = torch.linspace(-6, 12, 200)
 fig, ax = plt.subplots(figsize=(6.5, 3.2))
@@ -73,51 +72,18 @@ def clamped_experts_reference(tokens, expert_ids, weights, gate_up, gate_up_bias
 
 
 # %% [markdown]
-# ## All experts at once
+# ## The layer
 #
-# As there, pairs of a token and an expert are sorted by expert. torch's `grouped_mm` then multiplies each run with
-# its expert's matrix, on the GPU in one kernel and without asking the host how long the runs are. Three
-# things follow from that:
-#
-# - A pair that is not computed here (id -1) sorts behind all runs. What `grouped_mm` leaves in its row is
-#   undefined, in the backward too, so its values are set to zero wherever they could meet others. Its row of
-#   the output is an extra one that is cut off.
-# - A row's bias is a product as well: with the matrix that has a 1 where the pair's expert is. Its gradient is
-#   then a product, not a scatter of all rows into a few.
-# - $\sum_e w_e f_e$ needs no pairs at all. It is the tokens' weights, laid out over all experts, times $f$.
-#
-# On a GPU the [kernels of the plain experts](12_expert_mlp.py) do all but the last, clamps and biases included.
-
-
-# %%
-#| export
-def clamped_pairs(
-    tokens: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, bias: Tensor
-) -> Tensor:
-    """The sum over a token's experts without their last bias: (T, H) in fp32; shapes as in `ClampedExperts`."""
-    count, top_k, experts = len(tokens), expert_ids.shape[1], len(down)
-    ids = expert_ids.where(expert_ids >= 0, experts)
-    sorted_ids, order = torch.sort(ids.flatten(), stable=True)
-    absent = (sorted_ids == experts).unsqueeze(1)
-    numbers = torch.arange(experts, device=ids.device)
-    ends = torch.searchsorted(sorted_ids, numbers, right=True).int()
-    chosen = (sorted_ids.unsqueeze(1) == numbers).to(tokens.dtype)
-    rows = (order // top_k).where(sorted_ids < experts, count)
-
-    x = F.pad(tokens, (0, 0, 0, 1)).index_select(0, rows)
-    pre = torch.where(absent, 0, torch.addmm(F.grouped_mm(x, gate_up.mT, offs=ends), chosen, bias))
-    pair_weights = torch.where(absent, 0, weights.flatten()[order].unsqueeze(1)).to(tokens.dtype)
-    pairs = F.grouped_mm(clamped_swiglu(pre) * pair_weights, down.mT, offs=ends)
-    output = torch.zeros(count + 1, tokens.shape[1], dtype=torch.float32, device=tokens.device)
-    return output.index_add(0, rows, pairs.float())[:-1]
+# On a GPU the [kernels of the plain experts](12_expert_mlp.py) run it, clamps and the first biases included; elsewhere
+# the loop that they are checked against, which is the one above but for the last bias. What is left,
+# $\sum_e w_e f_e$, needs no pairs of a token and an expert at all. It is the tokens' weights, laid out over all
+# experts, times $f$.
 
 
 # %%
 #| export
 class ClampedExperts(nn.Module):
-    """`experts` clamped SwiGLU MLPs with biases, of width `expert_hidden`, stacked. Source: arXiv 2508.10925.
-
-    Both widths are multiples of 8: `grouped_mm` wants rows of whole 16 bytes. `GptOssConfig` sees to it."""
+    """`experts` clamped SwiGLU MLPs with biases, of width `expert_hidden`, stacked. Source: arXiv 2508.10925."""
 
     def __init__(self, hidden: int, experts: int, expert_hidden: int):
         super().__init__()
@@ -130,13 +96,10 @@ class ClampedExperts(nn.Module):
         """For each token the weighted sum of its experts' outputs: (T, H) in the dtype of `tokens` (T, H).
 
         `expert_ids` (T, K), -1 for a pair that is not computed here; `weights` (T, K), fp32."""
-        gate_up, down, bias = self.gate_up, self.down, self.gate_up_bias.to(tokens.dtype)
-        ids = expert_ids.where(expert_ids >= 0, len(down))
-        if kernels_take(tokens, down.shape[2]):
-            output = triton_expert_mlp(tokens, expert_ids, weights, gate_up, down, bias=bias)
-        else:
-            output = clamped_pairs(tokens, expert_ids, weights, gate_up.to(tokens.dtype), down.to(tokens.dtype), bias)
-        shares = weights.new_zeros(len(tokens), len(down) + 1).scatter_add(1, ids, weights)[:, :-1]
+        run = triton_expert_mlp if kernels_take(tokens, self.down.shape[2]) else reference_expert_mlp
+        output = run(tokens, expert_ids, weights, self.gate_up, self.down, self.gate_up_bias.to(tokens.dtype))
+        ids = expert_ids.where(expert_ids >= 0, len(self.down))
+        shares = weights.new_zeros(len(tokens), len(self.down) + 1).scatter_add(1, ids, weights)[:, :-1]
         return torch.addmm(output.float(), shares.float(), self.down_bias.float()).to(tokens.dtype)
 
 

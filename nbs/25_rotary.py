@@ -73,13 +73,16 @@ fig
 
 # %%
 #| export
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `x` (batch, sequence, heads, head_dim) by a table of (sequence, head_dim / 2); dtype stays."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, neighbours: bool = False) -> Tensor:
+    """Rotate `x` (batch, sequence, heads, head_dim) by a table of (sequence, head_dim / 2); dtype stays.
+
+    A pair is a feature of each half or, if `neighbours`, features 2i and 2i + 1."""
     if kernels_serve(x):
-        return triton_rotate(x, cos, sin)
-    first, second = x.chunk(2, dim=-1)
+        return triton_rotate(x, cos, sin, neighbours)
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1) if neighbours else x.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    turned = first * cos - second * sin, second * cos + first * sin
+    return torch.stack(turned, dim=-1).flatten(-2) if neighbours else torch.cat(turned, dim=-1)
 
 
 # %% [markdown]
@@ -107,24 +110,14 @@ assert abs(score(7, 2) - score(107, 102)) < 1e-4
 # ## Neighbouring pairs
 #
 # Which features make a pair is a convention, but one that a checkpoint's weights are bound to. DeepSeek's
-# models pair neighbours, $(x_{2i}, x_{2i+1})$, where most others pair halves.
-
-
-# %%
-#| export
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate` for a head whose pairs are neighbours, features 2i and 2i + 1; shapes as there."""
-    if kernels_serve(x):
-        return triton_rotate(x, cos, sin, neighbours=True)
-    first, second = x.unflatten(-1, (-1, 2)).unbind(dim=-1)
-    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
-    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
-
+# models pair neighbours, $(x_{2i}, x_{2i+1})$, where most others pair halves. With the features moved accordingly, the
+# two are the same:
 
 # %%
 table = rotary_table(torch.tensor([7]), 32, 10_000.0)
 neighbours = torch.arange(32).view(2, 16).t().flatten()  # 0, 16, 1, 17, ...: halves to neighbours
-assert torch.equal(rotate_pairs(query[..., neighbours], *table), rotate(query, *table)[..., neighbours])
+moved = rotate(query[..., neighbours], *table, neighbours=True)
+assert torch.equal(moved, rotate(query, *table)[..., neighbours])
 
 # %% [markdown]
 # ## Longer than it was trained on: YaRN

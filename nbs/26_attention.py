@@ -76,7 +76,7 @@ torch.testing.assert_close(fast, attention_reference(q, k, v))
 # %%
 #| export
 def expand_latent(latent: Tensor, key_rope: Tensor, expand: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Keys (B, heads, L, head_dim) and values (B, heads, L, Dv) of latents; see `OneRank.attend_latent`."""
+    """Keys (B, heads, L, head_dim) and values (B, heads, L, Dv) of latents; see `OneRank.attend`."""
     heads, unrotated = expand.shape[0], head_dim - key_rope.shape[-1]
     both = F.linear(latent, expand.flatten(0, 1).to(latent.dtype)).unflatten(-1, (heads, -1)).transpose(1, 2)
     shared = key_rope.unsqueeze(1).expand(-1, heads, -1, -1)
@@ -99,6 +99,7 @@ class OneRank:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float,
         documents: Tensor | None = None, window: int | None = None, sinks: Tensor | None = None,
+        expand: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Causal attention: q (B, heads, S, D), k (B, kv_heads, L, D), v (B, kv_heads, L, Dv) -> (B, heads, S, Dv).
 
@@ -106,7 +107,11 @@ class OneRank:
         documents: (N + 1,) integers, best kept on the CPU: where the packed documents begin in the tokens of
         all rows laid end to end, the start of each row included, and last the number of tokens. Where ranks
         share each sequence, rows are whole sequences here. window: a query sees itself and the window - 1 keys
-        before it. sinks: (heads,) the logit of a key without a value."""
+        before it. sinks: (heads,) the logit of a key without a value. expand: (heads, D - R + Dv, F), for multi-head
+        latent attention: k is then a latent (B, L, F) of which it makes each head's unrotated key and its value, and v
+        the rotated rest of the key (B, L, R), which all heads share."""
+        if expand is not None:
+            k, v = expand_latent(k, v, expand, q.shape[-1])
         rows, queries, keys = q.shape[0], q.shape[2], k.shape[2]
         dense = documents is None and window is None and sinks is None
         if dense and (queries == 1 or (queries == keys and flash_attention_4(q, v.shape[-1]) is None)):
@@ -116,15 +121,6 @@ class OneRank:
         tile = None if flash_fits(q, v.shape[-1]) else TILE
         cut = pieces([range(keys - queries, keys)], [range(keys)], rows, keys, window, documents, tile)
         return AttendPieces.apply(q, k, v, sinks, scale, cut)
-
-    def attend_latent(
-        self, q: Tensor, latent: Tensor, key_rope: Tensor, expand: Tensor, scale: float, documents: Tensor | None = None
-    ) -> Tensor:
-        """Multi-head latent attention: q (B, heads, S, Dn + Dr), latent (B, L, R), key_rope (B, L, Dr).
-
-        expand (heads, Dn + Dv, R) makes each head's unrotated key and value of a latent; all heads share
-        key_rope. Returns (B, heads, S, Dv)."""
-        return self.attend(q, *expand_latent(latent, key_rope, expand, q.shape[-1]), scale, documents)
 
     def whole_sequence(self, x: Tensor) -> Tensor:
         """(B, S, heads, D) of this rank's tokens -> (B, all tokens in order, this rank's share of heads, D)."""
@@ -137,9 +133,6 @@ class OneRank:
     def held(self, heads: int) -> slice:
         """Which of so many heads are this rank's share in `whole_sequence`."""
         return slice(0, heads)
-
-
-AttentionCore = OneRank
 
 
 # %% [markdown]
@@ -221,7 +214,7 @@ class Attention(nn.Module):
 
     def __init__(
         self, hidden: int, heads: int, kv_heads: int, head_dim: int, norm_eps: float,
-        core: AttentionCore = OneRank(),  # noqa: B008 (it holds no state)
+        core: OneRank = OneRank(),  # noqa: B008 (it holds no state)
     ):  # fmt: skip
         super().__init__()
         self.head_dim = head_dim
@@ -235,13 +228,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, sequences: Sequences, cache: Cache | None = None) -> Tensor:
         """(B, S, hidden) to the same; with a `cache`, x continues the tokens seen before."""
-        batch, sequence, _ = x.shape
         cos, sin, documents = sequences
-        q = self.query(x).view(batch, sequence, -1, self.head_dim)
-        k = self.key(x).view(batch, sequence, -1, self.head_dim)
-        v = self.value(x).view(batch, sequence, -1, self.head_dim).transpose(1, 2)
-        q = rotate(self.query_norm(q), cos, sin).transpose(1, 2)
-        k = rotate(self.key_norm(k), cos, sin).transpose(1, 2)
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.query, self.key, self.value))
+        q, k = (rotate(t, cos, sin).transpose(1, 2) for t in (self.query_norm(q), self.key_norm(k)))
+        v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(k, v)
         mixed = self.core.attend(q, k, v, self.head_dim**-0.5, documents)

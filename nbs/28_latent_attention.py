@@ -17,10 +17,10 @@
 import torch
 from torch import Tensor, nn
 
-from pithtrain.layers.attention import AttentionCore, Cache, Sequences
+from pithtrain.layers.attention import Cache, OneRank, Sequences
 from pithtrain.layers.linear import Linear
 from pithtrain.layers.norm import RMSNorm
-from pithtrain.layers.rotary import rotate_pairs
+from pithtrain.layers.rotary import rotate
 
 # %% [markdown]
 # ## The maths
@@ -51,16 +51,14 @@ def latent_attention_reference(q, latent, key_rope, expand, scale):
 
 
 # %% [markdown]
-# The [core](26_attention.py) has an operation for it, `attend_latent`, which expands the latents where they
-# are needed: for a whole sequence at once that is the cheaper way.
+# The [core](26_attention.py) takes latents instead of keys and values, and `expand` with them: it makes the keys where
+# they are needed, which for a whole sequence at once is the cheaper way.
 
 # %%
-from pithtrain.layers.attention import OneRank
-
 torch.manual_seed(0)
 q, latent, key_rope = torch.randn(1, 2, 10, 8 + 4), torch.randn(1, 10, 16), torch.randn(1, 10, 4)
 expand = torch.randn(2, 8 + 6, 16) / 4
-ours = OneRank().attend_latent(q, latent, key_rope, expand, scale=0.3)
+ours = OneRank().attend(q, latent, key_rope, scale=0.3, expand=expand)
 for head in range(2):
     reference = latent_attention_reference(q[0, head], latent[0], key_rope[0], expand[head], 0.3)
     torch.testing.assert_close(ours[0, head], reference, rtol=1e-5, atol=1e-5)
@@ -80,7 +78,7 @@ class LatentAttention(nn.Module):
 
     def __init__(
         self, hidden: int, heads: int, head_dim: int, rope_dim: int, value_dim: int, latent_rank: int,
-        query_rank: int, scale: float, core: AttentionCore,
+        query_rank: int, scale: float, core: OneRank,
     ):  # fmt: skip
         super().__init__()
         self.heads, self.head_dim, self.rope_dim, self.latent_rank = heads, head_dim, rope_dim, latent_rank
@@ -99,14 +97,14 @@ class LatentAttention(nn.Module):
         cos, sin, documents = sequences
         source = x if self.query_latent is None else self.query_norm(self.query_latent(x))
         q, q_rope = self.query(source).unflatten(-1, (self.heads, -1)).split([self.head_dim, self.rope_dim], dim=-1)
-        q = torch.cat([q, rotate_pairs(q_rope, cos, sin)], dim=-1).transpose(1, 2)
+        q = torch.cat([q, rotate(q_rope, cos, sin, neighbours=True)], dim=-1).transpose(1, 2)
         latent, key_rope = self.latent(x).split([self.latent_rank, self.rope_dim], dim=-1)
         latent = self.latent_norm(latent)
-        key_rope = rotate_pairs(key_rope.unsqueeze(2), cos, sin).squeeze(2)  # as one head
+        key_rope = rotate(key_rope.unsqueeze(2), cos, sin, neighbours=True).squeeze(2)  # as one head
         if cache is not None:
             latent, key_rope = cache.extend(latent, key_rope)
         expand = self.expand.weight.unflatten(0, (self.heads, -1))
-        mixed = self.core.attend_latent(q, latent, key_rope, expand, self.scale, documents)
+        mixed = self.core.attend(q, latent, key_rope, self.scale, documents, expand=expand)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
 

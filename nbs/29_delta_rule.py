@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pithtrain.layers.attention import AttentionCore, Cache, OneRank, Sequences
+from pithtrain.layers.attention import Cache, OneRank, Sequences
 from pithtrain.layers.linear import Linear
 from pithtrain.layers.norm import RMSNorm
 
@@ -297,7 +297,7 @@ class GatedDeltaNet(nn.Module):
 
     def __init__(
         self, hidden: int, key_heads: int, value_heads: int, key_dim: int, value_dim: int, taps: int,
-        norm_eps: float, core: AttentionCore = OneRank(),
+        norm_eps: float, core: OneRank = OneRank(),
     ):  # fmt: skip
         super().__init__()
         self.key_heads, self.value_heads, self.key_dim, self.value_dim = key_heads, value_heads, key_dim, value_dim

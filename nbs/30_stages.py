@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pithtrain.layers.attention import AttentionCore, Cache, OneRank, Sequences
+from pithtrain.layers.attention import Cache, OneRank, Sequences
 from pithtrain.layers.router import Routed
 
 # %% [markdown]
@@ -124,7 +124,7 @@ class Place:
     """What a model knows of the rank it is made for; the default is a rank that holds everything."""
 
     exchange: Exchange = AtHome()  # noqa: RUF009 (it holds no state)
-    core: AttentionCore = OneRank()
+    core: OneRank = OneRank()
     layers: range | None = None  #: global numbers of the layers that are here; None: all
     first: bool = True  #: the embedding is here
     last: bool = True  #: the final norm and the head are here

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pithtrain.config import GptOssConfig
-from pithtrain.layers.attention import AttentionCore, Cache, Sequences
+from pithtrain.layers.attention import Cache, OneRank, Sequences
 from pithtrain.layers.clamped_experts import ClampedExperts
 from pithtrain.layers.linear import Linear
 from pithtrain.layers.norm import RMSNorm
@@ -99,7 +99,7 @@ fig
 class SinkAttention(nn.Module):
     """Causal grouped-query attention with a sink for each head, through a window unless that is None."""
 
-    def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, window: int | None, core: AttentionCore):
+    def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, window: int | None, core: OneRank):
         super().__init__()
         self.head_dim, self.window, self.core = head_dim, window, core
         self.query = Linear(hidden, heads * head_dim, bias=True)

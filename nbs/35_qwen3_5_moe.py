@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pithtrain.config import Qwen3_5MoeConfig
-from pithtrain.layers.attention import AttentionCore, Cache, Sequences
+from pithtrain.layers.attention import Cache, OneRank, Sequences
 from pithtrain.layers.delta_rule import GatedDeltaNet
 from pithtrain.layers.experts import Experts
 from pithtrain.layers.linear import Linear
@@ -48,7 +48,7 @@ from pithtrain.models.stages import Layer, Place
 class GatedAttention(nn.Module):
     """Causal grouped-query attention, normed, its first features rotated, its output gated; a family's fourth layer."""
 
-    def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, norm_eps: float, core: AttentionCore):
+    def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, norm_eps: float, core: OneRank):
         super().__init__()
         self.head_dim, self.core = head_dim, core
         self.query = Linear(hidden, heads * 2 * head_dim)  # head by head, its query and then its gate

@@ -290,7 +290,7 @@ class Ring(OneRank):
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None = None,
         window: int | None = None, sinks: Tensor | None = None, expand: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """With `expand`, k and v are latents and a rotated key. UserError for odd numbers of tokens and a cache."""
+        """With `expand`, latents travel, never the keys made of them. UserError for odd lengths and a cache."""
         if k.shape[-2] != q.shape[2]:
             raise UserError("generation with a cache runs without context parallelism: set cp = 1")
         length, wide = q.shape[2] * self.size, v.shape[-1]
@@ -300,12 +300,6 @@ class Ring(OneRank):
         tile = None if flash_fits(q, wide) else TILE
         cuts = [pieces(owned[self.rank], keys, q.shape[0], length, window, documents, tile) for keys in owned]
         return RingAttention.apply(self, q, sinks, expand, scale, cuts, wide, k.contiguous(), v.contiguous())
-
-    def attend_latent(
-        self, q: Tensor, latent: Tensor, key_rope: Tensor, expand: Tensor, scale: float, documents: Tensor | None = None
-    ) -> Tensor:
-        """Latents travel, never the keys made of them. Raises as `attend`."""
-        return self.attend(q, latent, key_rope, scale, documents, expand=expand)
 
     def whole_sequence(self, x: Tensor) -> Tensor:
         """Raises UserError if the number of ranks does not divide the heads."""

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from pithtrain.config import Config, DecoderConfig, UserError
 from pithtrain.layers.attention import OneRank
-from pithtrain.layers.balance import balance_loss, routing_entropy, sequence_load, update_bias
-from pithtrain.layers.router import Routed
+from pithtrain.layers.balance import balance_loss, routing_entropy, update_bias
+from pithtrain.layers.router import Routed, expert_load
 from pithtrain.models.build import build
 from pithtrain.models.decoder import Decoder, count_parameters, initialise
 from pithtrain.models.stages import AtHome, Place
@@ -146,7 +146,7 @@ class Objective:
         if wanted.global_batch and self.mesh.token_group:
             dist.all_reduce(seen, group=self.mesh.token_group)
         if wanted.sequence or wanted.micro_batch:
-            own = torch.stack([sequence_load(r.expert_ids, sequences, r.probs.shape[1]) for r in routing])
+            own = torch.stack([expert_load(r.expert_ids.reshape(sequences, -1), r.probs.shape[1]) for r in routing])
             if self.mesh.cp_group:
                 dist.all_reduce(own, group=self.mesh.cp_group)
         self.load_so_far[self.moe_layers] += seen

@@ -22,6 +22,7 @@ import platform
 import statistics
 import timeit
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -264,15 +265,15 @@ def torchtitan_block(problem: Problem) -> Block:
 
 # %%
 #| export
-def skewed_ids(shape: Shape, device: torch.device, hottest: float = 8.0) -> Tensor:
-    """expert_ids (T, K), distinct in each row, whose largest load is `hottest` times the mean."""
+def skewed_ids(shape: Shape, device: torch.device) -> Tensor:
+    """expert_ids (T, K), distinct in each row, whose largest load is 8 times the mean."""
     rank = torch.arange(1, shape.experts + 1, device=device).log()
     gumbel = -torch.rand(shape.tokens, shape.experts, device=device).clamp(min=1e-9).log().neg().log()
     mean, low, high = shape.tokens * shape.top_k / shape.experts, 0.0, 8.0
     for _ in range(20):
         s = (low + high) / 2
         ids = (gumbel - s * rank).topk(shape.top_k).indices
-        low, high = (s, high) if torch.bincount(ids.flatten()).max() < hottest * mean else (low, s)
+        low, high = (s, high) if torch.bincount(ids.flatten()).max() < 8 * mean else (low, s)
     return ids
 
 
@@ -291,12 +292,9 @@ def entrants() -> dict[str, Callable[[Problem], Block]]:
         ("torchtitan", "torchtitan.models.common.moe", torchtitan_block),
     )
     for package, module, build in peers:
-        try:
-            here = importlib.util.find_spec(module)
-        except ImportError:  # not installed, or another release
-            here = None
-        if here:
-            found[package] = build
+        with suppress(ImportError):  # not installed, or another release
+            if importlib.util.find_spec(module):
+                found[package] = build
     return found
 
 
@@ -410,13 +408,11 @@ def peak_gib(block: Block, problem: Problem) -> float | None:
 
 # %%
 #| export
-def bench_moe(
-    shape: Shape, device: torch.device, peers: dict[str, Callable[[Problem], Block]], repeats: int = 20
-) -> dict:
-    """Measure `peers` and the floor on `shape`, print a table, and return what was measured, ready for JSON."""
+def bench_moe(shape: Shape, device: torch.device, repeats: int) -> dict:
+    """Measure all entrants and the floor on `shape`, print a table, and return what was measured, ready for JSON."""
     shape, measured = shape_for(shape, device)
     problem = make_problem(shape, device)
-    blocks = {name: build(problem) for name, build in peers.items()}
+    blocks = {name: build(problem) for name, build in entrants().items()}
     skewed = pithtrain_block(problem, skewed_ids(shape, device))
     runs = {"floor: grouped products alone": floor_products(problem)}
     for name, block in (blocks | {"pithtrain, hottest expert 8x mean": skewed}).items():
@@ -428,7 +424,7 @@ def bench_moe(
     floor = medians["floor: grouped products alone"]
     with torch.no_grad():
         outputs = {name: block(problem.tokens).double() for name, block in blocks.items()}
-        ours = pithtrain_block(problem)(problem.tokens).double()
+    ours = outputs["pithtrain"]
     tflop = 18 * shape.tokens * shape.top_k * shape.hidden * shape.expert_hidden / 1e12
     rows = []
     for name, ms in medians.items():
@@ -438,7 +434,7 @@ def bench_moe(
             row["peak_gib"] = peak_gib(blocks[name], problem)
             row["difference"] = ((outputs[name] - ours).norm() / ours.norm()).item()
         rows.append(row)
-    packages = [name for name in peers if name != "pithtrain"] + ["triton"] * HAS_TRITON
+    packages = [name for name in blocks if name != "pithtrain"] + ["triton"] * HAS_TRITON
     result = {
         "what": "forward and backward of a MoE block: router, dispatch, experts, combine",
         "measured": measured,
@@ -481,7 +477,7 @@ def table(result: dict) -> str:
 # %%
 import json
 
-result = bench_moe(SHAPES[-1], torch.device("cpu"), entrants(), repeats=3)
+result = bench_moe(SHAPES[-1], torch.device("cpu"), repeats=3)
 assert json.loads(json.dumps(result)) == result
 for row in result["rows"]:
     assert row["difference"] is None or row["difference"] < (2e-2 if row["name"] == "torchtitan" else 1e-5)

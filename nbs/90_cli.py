@@ -247,10 +247,10 @@ def bench_moe_command(arguments: argparse.Namespace) -> None:
     """Time one Mixture-of-Experts block beside its floor and its peers; write JSON where asked."""
     import torch
 
-    from pithtrain.bench import bench_moe, entrants, shape_named
+    from pithtrain.bench import bench_moe, shape_named
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = bench_moe(shape_named(arguments.shape), device, entrants(), arguments.rounds)
+    result = bench_moe(shape_named(arguments.shape), device, arguments.rounds)
     save_json(result, arguments.json)
 
 

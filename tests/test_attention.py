@@ -169,15 +169,15 @@ def test_documents_with_a_cache_are_refused():
 def test_latents_are_keys_and_values_in_the_making():
     """Loops over heads and positions in float64; head dims of keys (3 + 2) and values (4) differ."""
     torch.manual_seed(0)
-    shapes = dict(q=(2, 3, 6, 5), latent=(2, 6, 7), key_rope=(2, 6, 2), expand=(3, 7, 7))
+    shapes = dict(q=(2, 3, 6, 5), k=(2, 6, 7), v=(2, 6, 2), expand=(3, 7, 7))
     inputs = {n: torch.randn(s, dtype=torch.float64, requires_grad=True) for n, s in shapes.items()}
-    got = OneRank().attend_latent(**inputs, scale=0.4)
+    got = OneRank().attend(**inputs, scale=0.4)
     true = torch.zeros_like(got)
     for b in range(2):
         for h in range(3):
             for t in range(6):
-                both = [inputs["expand"][h] @ inputs["latent"][b, s] for s in range(t + 1)]
-                keys = [torch.cat([both[s][:3], inputs["key_rope"][b, s]]) for s in range(t + 1)]
+                both = [inputs["expand"][h] @ inputs["k"][b, s] for s in range(t + 1)]
+                keys = [torch.cat([both[s][:3], inputs["v"][b, s]]) for s in range(t + 1)]
                 weights = torch.stack([inputs["q"][b, h, t] @ key * 0.4 for key in keys]).softmax(dim=0)
                 true[b, h, t] = weights @ torch.stack([x[3:] for x in both])
     assert error(got, true) < 1e-12

@@ -8,24 +8,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pithtrain.config import BalanceConfig
-from pithtrain.layers.balance import balance_loss, routing_entropy, sequence_load, switch_loss, update_bias
-from pithtrain.layers.router import Routed, route
+from pithtrain.layers.balance import balance_loss, routing_entropy, switch_loss, update_bias
+from pithtrain.layers.router import Routed, expert_load, route
 
 
 def routing(T, E, K, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     probs = torch.softmax(2 * torch.randn(T, E, generator=generator, dtype=dtype), dim=1)
     weights, expert_ids = probs.topk(K)
-    return Routed(weights, expert_ids, probs, expert_load(expert_ids, E))
+    return Routed(weights, expert_ids, probs, load_of(expert_ids, E))
 
 
-def expert_load(expert_ids, experts):
-    return sequence_load(expert_ids, 1, experts)[0]
+def load_of(expert_ids, experts):
+    return expert_load(expert_ids.flatten(), experts)
 
 
 def sequence_loss(probs, expert_ids, sequences):
     """The sequence form alone, as the trainer asks for it."""
-    load = sequence_load(expert_ids, sequences, probs.shape[-1])[None]
+    load = expert_load(expert_ids.reshape(sequences, -1), probs.shape[-1])[None]
     coefficients = BalanceConfig(sequence=1.0, global_batch=0.0)
     return balance_loss([Routed(probs, expert_ids, probs, load.sum(dim=1))], load, load.sum(dim=1), coefficients)
 
@@ -55,7 +55,7 @@ sizes = st.tuples(st.integers(1, 30), st.integers(1, 9), st.integers(0, 10**6)).
 def test_load_and_micro_batch_loss(size):
     T, E, K, seed = size
     routed = routing(T, E, K, seed)
-    load = expert_load(routed.expert_ids, E)
+    load = load_of(routed.expert_ids, E)
     assert load.tolist() == naive_load(routed.expert_ids, E) and load.sum() == T * K and load.dtype == torch.int64
     expected = naive_switch(routed.probs, routed.expert_ids, routed.expert_ids)
     assert switch_loss(routed.probs, load).item() == pytest.approx(expected, rel=1e-5)
@@ -80,26 +80,26 @@ def test_one_at_balance_and_E_at_collapse(E):
     collapsed = torch.eye(E)[torch.full((T,), E - 1)]
     all_last = torch.full((T, 1), E - 1)
     for probs, ids, expected in ((balanced, even_ids, 1.0), (collapsed, all_last, float(E))):
-        assert switch_loss(probs, expert_load(ids, E)).item() == pytest.approx(expected, rel=1e-6)
+        assert switch_loss(probs, load_of(ids, E)).item() == pytest.approx(expected, rel=1e-6)
         assert sequence_loss(probs, ids, 3).item() == pytest.approx(expected, rel=1e-6)
     # f even or P even is enough for 1: the loss is a product of the two
-    assert switch_loss(collapsed, expert_load(even_ids, E)).item() == pytest.approx(1.0, rel=1e-6)
-    assert switch_loss(balanced, expert_load(all_last, E)).item() == pytest.approx(1.0, rel=1e-6)
+    assert switch_loss(collapsed, load_of(even_ids, E)).item() == pytest.approx(1.0, rel=1e-6)
+    assert switch_loss(balanced, load_of(all_last, E)).item() == pytest.approx(1.0, rel=1e-6)
 
 
 def test_all_experts_chosen_is_one_whatever_the_probabilities():
     routed = routing(10, 4, 4)
-    assert switch_loss(routed.probs, expert_load(routed.expert_ids, 4)).item() == pytest.approx(1.0, rel=1e-6)
+    assert switch_loss(routed.probs, load_of(routed.expert_ids, 4)).item() == pytest.approx(1.0, rel=1e-6)
 
 
 def test_scopes_order_and_meet():
     """One sequence: sequence and micro-batch agree. Equal sequences: all three agree."""
     routed = routing(12, 6, 2)
-    micro = switch_loss(routed.probs, expert_load(routed.expert_ids, 6))
+    micro = switch_loss(routed.probs, load_of(routed.expert_ids, 6))
     torch.testing.assert_close(sequence_loss(routed.probs, routed.expert_ids, 1), micro)
     probs, ids = routed.probs.repeat(3, 1), routed.expert_ids.repeat(3, 1)
     torch.testing.assert_close(sequence_loss(probs, ids, 3), micro)
-    torch.testing.assert_close(switch_loss(probs, expert_load(ids, 6)), micro)
+    torch.testing.assert_close(switch_loss(probs, load_of(ids, 6)), micro)
 
 
 def test_against_transformers():
@@ -108,13 +108,13 @@ def test_against_transformers():
     logits = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     for K in (1, 2, 8):
         probs = logits.softmax(dim=1)
-        ours = switch_loss(probs, expert_load(probs.topk(K).indices, 8))
+        ours = switch_loss(probs, load_of(probs.topk(K).indices, 8))
         torch.testing.assert_close(K * ours, hf.load_balancing_loss_func((logits,), 8, K))
 
 
 def test_gradients_by_finite_differences():
     routed = routing(6, 5, 2, dtype=torch.float64)
-    load = expert_load(routed.expert_ids, 5)
+    load = load_of(routed.expert_ids, 5)
     probs = routed.probs.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda p: switch_loss(p, load), probs)
     assert torch.autograd.gradcheck(lambda p: sequence_loss(p, routed.expert_ids, 3), probs)
@@ -130,7 +130,7 @@ def test_descent_moves_probability_from_busy_to_idle_experts():
 
 def test_load_has_no_gradient_and_leading_axes_are_a_mean():
     first, second = routing(8, 4, 2, 1), routing(8, 4, 2, 2)
-    loads = torch.stack([expert_load(r.expert_ids, 4) for r in (first, second)])
+    loads = torch.stack([load_of(r.expert_ids, 4) for r in (first, second)])
     got = switch_loss(torch.stack([first.probs, second.probs]), loads)
     apart = [switch_loss(r.probs, load) for r, load in zip((first, second), loads, strict=True)]
     torch.testing.assert_close(got, sum(apart) / 2)
@@ -147,7 +147,7 @@ def test_non_contiguous():
         rtol=1e-6,
         atol=0,
     )
-    assert torch.equal(expert_load(ids, 6), expert_load(routed.expert_ids, 6))
+    assert torch.equal(load_of(ids, 6), load_of(routed.expert_ids, 6))
 
 
 def test_sequences_that_do_not_divide_the_tokens():
@@ -165,7 +165,7 @@ def test_all_forms_over_layers_and_accumulation():
     step = [[routing(T, E, K, seed=10 * m + layer) for layer in range(layers)] for m in range(3)]
     so_far = torch.zeros(layers, E, dtype=torch.long)
     for m, micro in enumerate(step):
-        own = torch.stack([sequence_load(r.expert_ids, sequences, E) for r in micro])
+        own = torch.stack([expert_load(r.expert_ids.reshape(sequences, -1), E) for r in micro])
         so_far += own.sum(dim=1)
         got = balance_loss(micro, own, so_far, COEFFICIENTS)
         expected = 0.0
@@ -184,7 +184,7 @@ def test_global_form_over_a_step_of_specialised_microbatches():
     ids = [torch.tensor([[0, 1]] * 8), torch.tensor([[2, 3]] * 8)]
     for p, i in zip(probs, ids, strict=True):
         p.scatter_(1, i, 0.5)
-    loads = [expert_load(i, 4) for i in ids]
+    loads = [load_of(i, 4) for i in ids]
     one = BalanceConfig(global_batch=1.0)
     routed = [Routed(p, i, p, load) for p, i, load in zip(probs, ids, loads, strict=True)]
     assert balance_loss([routed[0]], loads[0][None, None], loads[0][None], one).item() == pytest.approx(2.0)
@@ -197,9 +197,9 @@ def test_gradient_of_all_forms_reaches_the_router_only_through_probs():
     weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
     tokens = torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
     routed = route(tokens, weight, torch.zeros(6), 2, True)
-    load = expert_load(routed.expert_ids, 6)
+    load = load_of(routed.expert_ids, 6)
     (got,) = torch.autograd.grad(
-        balance_loss([routed], sequence_load(routed.expert_ids, 3, 6)[None], load[None], COEFFICIENTS), weight
+        balance_loss([routed], expert_load(routed.expert_ids.reshape(3, -1), 6)[None], load[None], COEFFICIENTS), weight
     )
     weight64 = weight.detach().double().requires_grad_()
     probs = torch.softmax(tokens.double() @ weight64.t(), dim=1)
@@ -210,7 +210,7 @@ def test_gradient_of_all_forms_reaches_the_router_only_through_probs():
 
 def test_no_coefficient_is_no_loss_and_layers_must_match():
     routed = routing(8, 4, 2)
-    load = expert_load(routed.expert_ids, 4)[None]
+    load = load_of(routed.expert_ids, 4)[None]
     off = BalanceConfig(global_batch=0.0)
     assert balance_loss([routed], load[None], load, off).item() == 0.0
     with pytest.raises(ValueError):
@@ -247,7 +247,7 @@ def test_bias_alone_balances_a_skewed_router():
     for _ in range(300):
         tokens = torch.randn(512, 16)
         tokens[:, 0] = 1.0
-        load = expert_load(route(tokens, weight, bias, 2, True).expert_ids, 8)
+        load = load_of(route(tokens, weight, bias, 2, True).expert_ids, 8)
         imbalance.append((load.max() / load.float().mean()).item())
         update_bias(bias, load, 0.003)
     assert imbalance[0] > 1.7 and sum(imbalance[-50:]) / 50 < 1.25
@@ -265,4 +265,4 @@ def test_entropy():
 
 def test_load_refuses_absent_pairs():
     with pytest.raises(RuntimeError):
-        expert_load(torch.tensor([[0, -1]]), 4)
+        load_of(torch.tensor([[0, -1]]), 4)

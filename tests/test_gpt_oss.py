@@ -208,8 +208,6 @@ def test_selection_bias_sends_tokens_elsewhere_and_leaves_the_weights():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"hidden": 36}, "model.hidden: 36 is not a multiple of 8"),
-        ({"expert_hidden": 20}, "model.expert_hidden: 20 is not a multiple of 8"),
         ({"kv_heads": 3}, "model.kv_heads: 3 does not divide heads, 8"),
         ({"head_dim": 7}, "model.head_dim: 7 is odd"),
         ({"window": 0}, "model.window: 0 is out of range"),

@@ -20,12 +20,12 @@ import torch
 from pithtrain.kernels import lang
 from pithtrain.kernels.cross_entropy import row_losses
 from pithtrain.kernels.expert_mlp import reference_expert_mlp, triton_expert_mlp
-from pithtrain.kernels.router import reference_route
 from pithtrain.kernels.sort import reference_sort_pairs
+from pithtrain.layers.router import Router
 
 assert not lang.HAS_TRITON and "triton" not in sys.modules
 x = torch.randn(6, 8)
-routing = reference_route(x, torch.randn(4, 8), 2)
+routing = Router(8, 4, 2, renormalise=True)(x)
 args = x, routing.expert_ids, routing.weights, torch.randn(4, 8, 8), torch.randn(4, 8, 4)
 assert reference_expert_mlp(*args).shape == (6, 8)
 assert reference_sort_pairs(routing.expert_ids, 4, 2).pair.shape == (12,)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pithtrain.kernels import lang
 from pithtrain.kernels.rotary import triton_rotate
-from pithtrain.layers.rotary import rotary_table, rotate, rotate_pairs
+from pithtrain.layers.rotary import rotary_table, rotate
 
 pytestmark = pytest.mark.skipif(not lang.HAS_TRITON, reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,7 +116,7 @@ def test_gpu_sizes_of_models(heads, head_dim, neighbours, dtype):
 def test_gpu_layers_use_it():
     x, cos, sin = inputs(2, 300, 4, 64, torch.bfloat16)
     assert torch.equal(rotate(x, cos, sin), triton_rotate(x, cos, sin))
-    assert torch.equal(rotate_pairs(x, cos, sin), triton_rotate(x, cos, sin, neighbours=True))
+    assert torch.equal(rotate(x, cos, sin, neighbours=True), triton_rotate(x, cos, sin, neighbours=True))
 
 
 @pytest.mark.gpu

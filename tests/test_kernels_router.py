@@ -4,12 +4,25 @@ import pytest
 import torch
 
 from pithtrain.kernels import lang
-from pithtrain.kernels.router import reference_route, route_gradient_kernel, route_kernel, triton_route
+from pithtrain.kernels.router import Routed, route_gradient_kernel, route_kernel, triton_route
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 TOLERANCE = {torch.float32: 1e-5, HALF: 1e-2}
 pytestmark = pytest.mark.skipif(not lang.HAS_TRITON, reason="Triton is not installed")
+
+
+def reference_route(hidden, router_weight, top_k, bias=None, renormalise=True, sigmoid=False, scale=1.0):
+    """`triton_route` in plain PyTorch, in the dtype of what it is given."""
+    logits = hidden @ router_weight.T
+    probs = logits.sigmoid() if sigmoid else logits.softmax(-1)
+    chosen = probs.detach() if bias is None else probs.detach() + bias
+    expert_ids = chosen.topk(top_k).indices
+    weights = probs.gather(1, expert_ids)
+    if renormalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # a bias can choose scores that are all 0
+    load = torch.bincount(expert_ids.flatten(), minlength=len(router_weight)).int()
+    return Routed(weights * scale, expert_ids, probs, load)
 
 
 def error(a, b):

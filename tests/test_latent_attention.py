@@ -5,7 +5,7 @@ import torch
 
 from pithtrain.layers.attention import Cache, OneRank, Sequences
 from pithtrain.layers.latent_attention import LatentAttention
-from pithtrain.layers.rotary import rotary_table, rotate_pairs
+from pithtrain.layers.rotary import rotary_table, rotate
 
 SHAPES = {  # heads, head_dim, rope_dim, value_dim, latent_rank, query_rank
     "published proportions": (4, 8, 4, 8, 16, 12),
@@ -49,14 +49,14 @@ def definition(layer, x, weights):
         source = norm(x @ weights["query_latent.weight"].t(), weights["query_norm.weight"])
     down = x @ weights["latent.weight"].t()
     latent = norm(down[..., : c.latent_rank], weights["latent_norm.weight"])
-    shared = rotate_pairs(down[..., None, c.latent_rank :], cos, sin)[..., 0, :]
+    shared = rotate(down[..., None, c.latent_rank :], cos, sin, neighbours=True)[..., 0, :]
     future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
     mixed = []
     for query, expand in zip(
         weights["query.weight"].chunk(c.heads), weights["expand.weight"].chunk(c.heads), strict=True
     ):
         q, k, v = source @ query.t(), latent @ expand[: c.head_dim].t(), latent @ expand[c.head_dim :].t()
-        turned = rotate_pairs(q[..., None, c.head_dim :], cos, sin)[..., 0, :]
+        turned = rotate(q[..., None, c.head_dim :], cos, sin, neighbours=True)[..., 0, :]
         scores = q[..., : c.head_dim] @ k.transpose(1, 2) + turned @ shared.transpose(1, 2)
         scores = (scores * c.scale).masked_fill(future, -torch.inf)
         mixed.append(scores.softmax(dim=-1) @ v)

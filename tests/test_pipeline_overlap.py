@@ -13,7 +13,8 @@ from test_verify import FAMILIES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pithtrain.layers.balance import sequence_load, switch_loss
+from pithtrain.layers.balance import switch_loss
+from pithtrain.layers.router import expert_load
 from pithtrain.models.stages import AtHome, Place
 from pithtrain.parallel.expert import ExpertExchange
 from pithtrain.parallel.pipeline.engine import BackwardPass, ForwardPass, ModuleStage, in_turn
@@ -39,7 +40,7 @@ def batch(seed, device=CPU, sequences=2, length=12):
 def close(output, routing, batch):
     """Balance losses ride on the output, as in the training step."""
     routed = [r for r in routing if r is not None]
-    balance = sum(0.1 * switch_loss(r.probs, sequence_load(r.expert_ids, 1, r.probs.shape[1])[0]) for r in routed)
+    balance = sum(0.1 * switch_loss(r.probs, expert_load(r.expert_ids.flatten(), r.probs.shape[1])) for r in routed)
     return output + balance if output.dim() == 0 or not routed else Attach.apply(output, balance)
 
 

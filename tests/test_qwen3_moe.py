@@ -216,7 +216,8 @@ def test_recomputed_gradients_are_the_same():
 
 def test_balance_losses_meet_those_of_transformers():
     """Its loss is taken over all layers' tokens at once and counts each of the top_k choices."""
-    from pithtrain.layers.balance import sequence_load, switch_loss
+    from pithtrain.layers.balance import switch_loss
+    from pithtrain.layers.router import expert_load
 
     c = shape(layers=1)
     theirs, ours = pair(c)
@@ -224,7 +225,7 @@ def test_balance_losses_meet_those_of_transformers():
     (routed,) = run(ours, inputs)[1]
     expected = theirs(inputs, output_router_logits=True, use_cache=False).aux_loss
     torch.testing.assert_close(
-        c.top_k * switch_loss(routed.probs, sequence_load(routed.expert_ids, 1, c.experts)[0]), expected
+        c.top_k * switch_loss(routed.probs, expert_load(routed.expert_ids.flatten(), c.experts)), expected
     )
 
 

@@ -70,7 +70,7 @@ def compare(
         shapes |= dict(sinks=(heads,)) if sinks else {}
         extra = dict(window=window)
     else:
-        shapes |= dict(latent=(rows, length, latent), key_rope=(rows, length, 2))
+        shapes |= dict(k=(rows, length, latent), v=(rows, length, 2))
         shapes |= dict(expand=(heads, features - 2 + wide, latent))
         extra = {}
     given = {name: size * torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
@@ -82,8 +82,7 @@ def compare(
 
     def run(core, dtype, share):
         inputs = {n: (x if n in ("sinks", "expand") else share(x)).to(dtype).requires_grad_() for n, x in given.items()}
-        attend = core.attend if latent is None else core.attend_latent
-        out = attend(**inputs, **extra)
+        out = core.attend(**inputs, **extra)
         grads = torch.autograd.grad(out, inputs.values(), share(upstream).to(dtype))
         return [out.detach(), *grads]
 
@@ -162,7 +161,7 @@ def traffic(ring):
     q, kv = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
     ring.attend(q, kv, kv, 1.0)
     sent.append(0)
-    ring.attend_latent(q, torch.randn(1, 6, 5), torch.randn(1, 6, 2), torch.randn(4, 6 + 8, 5), 1.0)
+    ring.attend(q, torch.randn(1, 6, 5), torch.randn(1, 6, 2), 1.0, expand=torch.randn(4, 6 + 8, 5))
     ring.pass_on = pass_on
     return sent
 
@@ -262,24 +261,23 @@ def test_bfloat16_in_one_process(device, features, wide, kv_heads, latent, windo
     if latent is None:
         given |= dict(k=torch.randn(rows, kv_heads, length, features), v=torch.randn(rows, kv_heads, length, wide))
         given |= dict(sinks=torch.randn(heads))
-        extra, travels, replicated = dict(window=window), ("k", "v"), ("sinks",)
+        extra, replicated = dict(window=window), ("sinks",)
     else:
-        given |= dict(latent=torch.randn(rows, length, latent), key_rope=torch.randn(rows, length, 16))
+        given |= dict(k=torch.randn(rows, length, latent), v=torch.randn(rows, length, 16))
         given |= dict(expand=torch.randn(heads, features - 16 + wide, latent) / latent**0.5)
-        extra, travels, replicated = {}, ("latent", "key_rope"), ("expand",)
+        extra, replicated = {}, ("expand",)
     given = {name: x.to(device, torch.bfloat16) for name, x in given.items()}
     extra |= dict(documents=torch.tensor([0, 5, 70, 300, 512, 1024], dtype=torch.int32) if packed else None)
     extra |= dict(scale=features**-0.5)
     upstream = torch.randn(rows, heads, length, wide, device=device, dtype=torch.bfloat16)
-    method = "attend" if latent is None else "attend_latent"
 
     def own(x, rank):
         return x.index_select(x.ndim - 2, zigzag(length, ranks, rank).to(device))
 
     doubles = {name: x.double().requires_grad_() for name, x in given.items()}
-    true = getattr(OneRank(), method)(**doubles, **extra)
+    true = OneRank().attend(**doubles, **extra)
     true_grads = dict(zip(given, torch.autograd.grad(true, doubles.values(), upstream.double()), strict=True))
-    blocks = [[own(given[name], rank) for name in travels] for rank in range(ranks)]
+    blocks = [[own(given[name], rank) for name in ("k", "v")] for rank in range(ranks)]
     totals = {name: torch.zeros_like(x, dtype=torch.float64) for name, x in given.items()}
 
     def error(a, b):
@@ -288,14 +286,14 @@ def test_bfloat16_in_one_process(device, features, wide, kv_heads, latent, windo
     for rank in range(ranks):
         ring, here = Loop(rank, blocks), zigzag(length, ranks, rank).to(device)
         inputs = {n: (x if n in replicated else own(x, rank)).detach().requires_grad_() for n, x in given.items()}
-        out = getattr(ring, method)(**inputs, **extra)
+        out = ring.attend(**inputs, **extra)
         assert error(out, own(true, rank)) < 1e-2
         grads = dict(zip(inputs, torch.autograd.grad(out, inputs.values(), own(upstream, rank)), strict=True))
         totals["q"][:, :, here] = grads["q"].double()
         for name in replicated:
             totals[name] += grads[name]
         for source, gathered in ring.gathered.items():
-            for name, part in zip(travels, gathered, strict=True):
+            for name, part in zip(("k", "v"), gathered, strict=True):
                 totals[name].index_add_(part.ndim - 2, zigzag(length, ranks, source).to(device), part.double())
     for name, total in totals.items():
         assert error(total, true_grads[name]) < 1e-2, name

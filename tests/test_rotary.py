@@ -10,7 +10,6 @@ from pithtrain.layers.rotary import (
     frequencies,
     rotary_table,
     rotate,
-    rotate_pairs,
     yarn_frequencies,
     yarn_magnitude,
     yarn_table,
@@ -160,16 +159,17 @@ def test_neighbouring_pairs_against_complex_numbers_and_their_gradient(head_dim)
     pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
     angles = positions[:, None].double() * frequencies(head_dim, 1e4).double()
     turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None, :]
-    got = rotate_pairs(x, *rotary_table(positions, head_dim, 1e4))
+    got = rotate(x, *rotary_table(positions, head_dim, 1e4), neighbours=True)
     assert error(got, torch.view_as_real(turned).flatten(-2)) < 1e-6
     cos, sin = (t.double() for t in rotary_table(positions[:3], head_dim, 100.0))
-    assert torch.autograd.gradcheck(lambda x: rotate_pairs(x, cos, sin), x[:1, :3].double().requires_grad_())
+    assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin, neighbours=True), x[:1, :3].double().requires_grad_())
 
 
 def test_a_table_for_each_row_of_a_batch():
     torch.manual_seed(0)
     x, positions = torch.randn(2, 5, 3, 8), torch.tensor([[0, 1, 2, 3, 4], [3, 4, 0, 1, 2]])
-    for turn in (rotate, rotate_pairs):
-        together = turn(x, *rotary_table(positions, 8, 100.0))
+    for neighbours in (False, True):
+        together = rotate(x, *rotary_table(positions, 8, 100.0), neighbours)
         for row in range(2):
-            assert torch.equal(together[row], turn(x[row : row + 1], *rotary_table(positions[row], 8, 100.0))[0])
+            alone = rotate(x[row : row + 1], *rotary_table(positions[row], 8, 100.0), neighbours)
+            assert torch.equal(together[row], alone[0])

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pithtrain.kernels import lang
+from pithtrain.layers import router
 from pithtrain.layers.router import Router, choose_in_groups, route
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -191,7 +192,7 @@ def test_layer_routes_saves_its_bias_and_makes_no_gradient_without_grad():
 @pytest.mark.skipif(not (lang.INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or Triton's interpreter")
 @pytest.mark.parametrize("renormalise", [True, False])
 @pytest.mark.parametrize("sigmoid", [True, False])
-def test_the_kernel_routes_as_the_layer_does_without_it(sigmoid, renormalise):
+def test_the_kernel_routes_as_the_layer_does_without_it(sigmoid, renormalise, monkeypatch):
     tokens, weight = example()
     layer = Router(16, 8, 3, renormalise, sigmoid, scale=2.5)
     layer.weight.data.copy_(weight)
@@ -199,11 +200,9 @@ def test_the_kernel_routes_as_the_layer_does_without_it(sigmoid, renormalise):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens, layer = tokens.to(device), layer.to(device)
     seeds = torch.randn(20, 3, device=device), torch.randn(20, 8, device=device)
+    monkeypatch.setattr(router, "kernels_serve", lambda tokens: True)
     grads = []
-    for routed in (
-        route(tokens, layer.weight, layer.bias, 3, renormalise, sigmoid, 2.5),
-        layer.by_kernel(tokens),
-    ):
+    for routed in (route(tokens, layer.weight, layer.bias, 3, renormalise, sigmoid, 2.5), layer(tokens)):
         (grad,) = torch.autograd.grad((routed.weights, routed.probs), layer.weight, seeds)
         grads.append((routed, grad))
     (plain, plain_grad), (kernel, kernel_grad) = grads

@@ -251,7 +251,8 @@ def test_a_mean_of_local_means_is_found(axis):
 
 def test_the_step_is_that_of_a_plain_loop():
     """One process itself, against a loop that knows nothing of engines: torch's loss, clipping and AdamW."""
-    from pithtrain.layers.balance import sequence_load, switch_loss
+    from pithtrain.layers.balance import switch_loss
+    from pithtrain.layers.router import expert_load
 
     config = run(FAMILIES["qwen3-moe"], {}, balance=BalanceConfig(global_batch=0.05), train={"micro_batch_size": 8})
     mesh = Mesh(fit_axes(MeshConfig(), 1))
@@ -271,14 +272,14 @@ def test_the_step_is_that_of_a_plain_loop():
         optimizer.zero_grad()
         hidden, routing = plain(batch.inputs, batch.positions)
         loss = torch.nn.functional.cross_entropy(plain.logits(hidden).flatten(0, 1), batch.targets.flatten())
-        balance = sum(0.05 * switch_loss(r.probs, sequence_load(r.expert_ids, 1, 8)[0]) for r in routing)
+        balance = sum(0.05 * switch_loss(r.probs, expert_load(r.expert_ids.flatten(), 8)) for r in routing)
         (loss + balance).backward()
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         optimizer.step()
         assert result.loss == pytest.approx(loss.item(), rel=1e-5)
         assert result.balance == pytest.approx(balance.item(), rel=1e-5)
         assert result.grad_norm == pytest.approx(norm.item(), rel=1e-4)
-        assert torch.equal(result.load, torch.stack([sequence_load(r.expert_ids, 1, 8)[0] for r in routing]))
+        assert torch.equal(result.load, torch.stack([expert_load(r.expert_ids.flatten(), 8) for r in routing]))
     for (name, ours), theirs in zip(learner.named_parameters(), plain.parameters(), strict=True):
         assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-5, name
 

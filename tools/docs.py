@@ -21,11 +21,12 @@ import tempfile
 import time
 import tomllib
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import nbformat
 from docs_api import definitions, modules, write_reference
-from literate import notebook_paths, read, read_notebook
+from literate import absolute_imports, notebook_paths, read, read_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE, HTML = ROOT / "docs/_build/source", ROOT / "docs/_build/html"
@@ -75,27 +76,18 @@ def dependencies(text: str, known: dict[str, Path]) -> set[Path]:
     """The modules that code in `text` imports, and those that they import, and so on."""
     found, todo = set[Path](), [text]
     while todo:
-        for name, members in IMPORT.findall(absolute(todo.pop())):
+        for name, members in IMPORT.findall(todo.pop()):
             names = [name, *(f"{name}.{member.strip()}" for member in members.split(","))]
             for path in {known[name] for name in names if name in known} - found:
                 found.add(path)
-                todo.append(read(path).replace("from .", f"from {package_of(path)} ."))
+                todo.append(spelt_out(path))
     return found
 
 
-def package_of(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).parent.parts)
-
-
-def absolute(text: str) -> str:
-    """Relative imports, which `dependencies` has prefixed with the package they stand in, spelt out."""
-
-    def spelt(match: re.Match) -> str:
-        parts = match[1].split(".")
-        parts = parts[: len(parts) - (len(match[2]) - 1)]
-        return f"from {'.'.join([*parts, *filter(None, [match[3]])])}"
-
-    return re.sub(r"from ([\w.]+) (\.+)([\w.]*)", spelt, text)
+@cache
+def spelt_out(path: Path) -> str:
+    """A module with its relative imports spelt out."""
+    return absolute_imports(read(path), path.relative_to(ROOT))
 
 
 def digest_of(path: Path, known: dict[str, Path]) -> str:
@@ -357,7 +349,7 @@ class Layout:
         self.home = {module: name for name, module in self.module.items() if module}
         for name, path in pages.items():
             self.lay_out(name, path, ready.get(name))
-        for name, text in write_reference(ROOT, {module: name for module, name in self.home.items()}).items():
+        for name, text in write_reference(ROOT, self.home).items():
             self.put(f"{name}.md", text)
             page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text, id="cell-0")])
             self.twins[f"{name}.md"], self.twins[f"{name}.ipynb"] = text, nbformat.writes(page)

@@ -51,12 +51,12 @@ def products(shape: Shape, device: torch.device) -> list[dict]:
         ),
         "d gate and up": (
             lambda: mm(d_projected.T, rows, offs=ends),
-            lambda: mlp.gate_up_gradient(d_projected, p.tokens, order, rows.dtype),
+            lambda: mlp.weight_gradient(d_projected, p.tokens, order, False, rows.dtype),
             None,
         ),
         "d down": (
             lambda: mm(grad.T, scaled, offs=ends),
-            lambda: mlp.down_gradient(scaled, p.grad, order, rows.dtype),
+            lambda: mlp.weight_gradient(scaled, p.grad, order, True, rows.dtype),
             None,
         ),
         "dispatch": (None, None, lambda: mlp.dispatch(p.tokens, order)),

@@ -7,6 +7,7 @@ import datetime
 import json
 import statistics
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from unittest.mock import patch
@@ -20,8 +21,9 @@ from pithtrain.layers import rotary
 from pithtrain.train.optimizer import make_optimizer
 
 
-def adamw_steps(parameters: int = 1 << 28):
-    """A clipped step of a model of so many parameters, by the kernel and by torch; the bytes that must move."""
+def adamw_steps():
+    """A clipped step of a model of 2^28 parameters, by the kernel and by torch; the bytes that must move."""
+    parameters = 1 << 28
     weight = torch.nn.Parameter(torch.randn(parameters // 2048, 2048))
     weight.grad = torch.randn_like(weight)
     kernel = make_optimizer({"weight": weight}, OptimizerConfig())
@@ -35,7 +37,7 @@ def rotations(heads: int, head_dim: int, neighbours: bool):
     x = torch.randn(4, 4096, heads, head_dim, dtype=torch.bfloat16, requires_grad=True)
     grad = torch.randn(4, heads, 4096, head_dim, dtype=torch.bfloat16).transpose(1, 2)  # as attention leaves it
     table = rotary.rotary_table(torch.arange(4096), head_dim, 10_000.0)
-    rotate = rotary.rotate_pairs if neighbours else rotary.rotate
+    rotate = partial(rotary.rotate, neighbours=neighbours)
 
     def both() -> None:
         x.grad = None

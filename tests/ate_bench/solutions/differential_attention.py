@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pithtrain.config import Qwen3MoeConfig
-from pithtrain.layers.attention import AttentionCore, OneRank, Sequences
+from pithtrain.layers.attention import OneRank, Sequences
 from pithtrain.layers.linear import Linear
 from pithtrain.layers.norm import RMSNorm
 from pithtrain.layers.rotary import rotary_table, rotate
@@ -19,7 +19,7 @@ THETA, EPS = 10_000.0, 1e-5
 class DifferentialAttention(nn.Module):
     """Causal attention by the difference of two maps (arXiv 2410.05258), in layer `number` counted from 1."""
 
-    def __init__(self, hidden: int, heads: int, head_dim: int, number: int, core: AttentionCore = OneRank()):
+    def __init__(self, hidden: int, heads: int, head_dim: int, number: int, core: OneRank = OneRank()):
         super().__init__()
         self.heads, self.head_dim, self.core = heads, head_dim, core
         self.start = 0.8 - 0.6 * math.exp(-0.3 * (number - 1))
