@@ -233,6 +233,8 @@ class DeepseekConfig(DecoderConfig):
             found += [f"top_groups: {self.top_groups} is more than groups, {self.groups}"]
         if self.top_k > self.top_groups * size:
             found += [f"top_k: {self.top_k} is more than the {self.top_groups * size} experts of top_groups groups"]
+        if self.dense_layers >= self.layers:
+            found += [f"dense_layers: {self.dense_layers} leave no layer with experts, of {self.layers}"]
         if self.scoring == "sigmoid" and size < 2:
             found += [f"groups: {self.groups} leaves groups of {size}; sigmoid scoring judges them by two experts"]
         return found
@@ -344,8 +346,8 @@ def check_value(where: str, spec: dataclasses.Field, value: Any) -> Any:
     if type(value) is not spec.type:
         raise UserError(f"{where}: {value!r} is of type {type(value).__name__}, expected {spec.type.__name__}")
     low, high = spec.metadata["low"], spec.metadata["high"]
-    infinite = spec.type is float and not math.isfinite(value)
-    if infinite or (low is not None and value < low) or (high is not None and value > high):
+    beyond = (spec.type is float and not math.isfinite(value)) or (spec.type is int and value >= 2**63)
+    if beyond or (low is not None and value < low) or (high is not None and value > high):
         span = f"at least {low}" if high is None else f"between {low} and {high}"
         raise UserError(f"{where}: {value} is out of range, expected {span}")
     return value

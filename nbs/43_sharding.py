@@ -43,8 +43,7 @@ from pithtrain.parallel.pipeline.overlap import PartStage
 #| export
 def shard(module: nn.Module, over: DeviceMesh, dtype: torch.dtype) -> None:
     """Shard what of `module` is not yet, in place: weights gathered in `dtype`, gradients added up in fp32."""
-    gathered = None if dtype == torch.float32 else dtype
-    policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     fully_shard(module, mesh=over, mp_policy=policy)
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)

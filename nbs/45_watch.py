@@ -307,15 +307,11 @@ class Member:
 # %%
 #| export
 @contextmanager
-def watch(launch: Launch, start: float = 300.0, grace: float = 0.5) -> Iterator[Store | None]:
+def watch(launch: Launch, start: float = 300.0, grace: float = 0.5) -> Iterator[Store]:
     """Join the job, and end with it: a failure of any rank inside this context ends every rank's process.
 
-    Yields the job's store, or None in a job of one rank, where it does nothing at all. `start` and `grace` are
-    the `Referee`'s, in seconds. The exit code is 2 for a UserError, 130 for an interruption, else 1. Raises
-    UserError where rank 0 cannot be met."""
-    if launch.world_size == 1:
-        yield None
-        return
+    Yields the job's store. `start` and `grace` are the `Referee`'s, in seconds. The exit code is 2 for a UserError,
+    130 for an interruption, else 1. Raises UserError where rank 0 cannot be met."""
     store = open_store(launch, timedelta(seconds=start))
     who = f"rank {launch.rank} (host {socket.gethostname()}, process {os.getpid()})"
     if launch.rank == 0:

@@ -33,13 +33,6 @@ def _each(op: Op, stage: int, microbatches: int) -> list[Action]:
     return [Action(op, stage, m) for m in range(microbatches)]
 
 
-# %%
-#| export
-def _at_least(kind: str, pp: int, microbatches: int, fewest: int = 1) -> None:
-    if pp < 1 or microbatches < fewest:
-        raise ScheduleError(f"{kind} on {pp} ranks needs pp >= 1 and microbatches >= {fewest}, not {microbatches}")
-
-
 # %% [markdown]
 # ## GPipe
 #
@@ -51,7 +44,6 @@ def _at_least(kind: str, pp: int, microbatches: int, fewest: int = 1) -> None:
 #| export
 def gpipe(pp: int, microbatches: int) -> Schedule:
     """All forwards, then all backwards; one stage per rank."""
-    _at_least("gpipe", pp, microbatches)
     ranks = tuple(tuple(_each(Op.FORWARD, r, microbatches) + _each(Op.BACKWARD, r, microbatches)) for r in range(pp))
     return Schedule("gpipe", round_placement(pp), microbatches, ranks)
 
@@ -71,7 +63,6 @@ print(gpipe(2, 3))
 #| export
 def one_f_one_b(pp: int, microbatches: int) -> Schedule:
     """One forward, one backward, after a warm-up of pp - 1 - r forwards; one stage per rank."""
-    _at_least("1f1b", pp, microbatches)
     ranks = tuple(
         _alternate(_each(Op.FORWARD, r, microbatches), _each(Op.BACKWARD, r, microbatches), pp - 1 - r)
         for r in range(pp)
@@ -111,7 +102,6 @@ print(one_f_one_b(3, 5))
 #| export
 def interleaved(pp: int, microbatches: int, chunks: int = 2) -> Schedule:
     """1F1B over `chunks` stages per rank, placed round the ranks."""
-    _at_least("interleaved", pp, microbatches)
     if chunks < 1:
         raise ScheduleError(f"interleaved needs chunks >= 1, not {chunks}: each rank holds at least one stage")
     rounds = max(1, microbatches // pp)
@@ -146,7 +136,6 @@ assert interleaved(3, 5, chunks=1).ranks == one_f_one_b(3, 5).ranks
 #| export
 def zb_h1(pp: int, microbatches: int) -> Schedule:
     """1F1B with weight gradients kept r microbatches behind on rank r; one stage per rank."""
-    _at_least("zb_h1", pp, microbatches)
 
     def rank(r: int) -> tuple[Action, ...]:
         forwards = _each(Op.FORWARD, r, microbatches)
@@ -249,7 +238,6 @@ for r in range(3):
 #| export
 def zbv(pp: int, microbatches: int) -> Schedule:
     """Zero-bubble V: two stages per rank, every backward split."""
-    _at_least("zbv", pp, microbatches)
 
     def rank(r: int) -> tuple[Action, ...]:
         v = _begin_v(r, pp, microbatches)
@@ -290,7 +278,6 @@ print(zbv(2, 4))
 #| export
 def dualpipev(pp: int, microbatches: int) -> Schedule:
     """DualPipe folded into a V: two stages per rank, forward and backward overlapped; m >= 2 pp."""
-    _at_least("dualpipev", pp, microbatches, fewest=2 * pp)
 
     def rank(r: int) -> tuple[Action, ...]:
         v = _begin_v(r, pp, microbatches)
@@ -314,12 +301,6 @@ def dualpipev(pp: int, microbatches: int) -> Schedule:
 # %%
 print(dualpipev(2, 6))
 
-# %%
-try:
-    dualpipev(4, 7)
-except ScheduleError as error:
-    print(error)
-
 # %% [markdown]
 # ## By name
 #
@@ -336,6 +317,9 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 #| export
 def generate(kind: Kind, pp: int, microbatches: int, chunks: int = 2) -> Schedule:
     """The schedule of a kind; `chunks` counts for "interleaved" alone. Raises ScheduleError."""
+    fewest = 2 * pp if kind == "dualpipev" else 1
+    if pp < 1 or microbatches < fewest:
+        raise ScheduleError(f"{kind} on {pp} ranks needs pp >= 1 and microbatches >= {fewest}, not {microbatches}")
     match kind:
         case "gpipe":
             return gpipe(pp, microbatches)
@@ -357,6 +341,12 @@ for kind in KINDS:
     schedule = generate(kind, pp=4, microbatches=8)
     passes = sum(len(a.computes) for a in schedule.ranks[0])
     print(f"{kind:12} {schedule.stages} stages, {passes} passes on rank 0")
+
+# %%
+try:
+    generate("dualpipev", 4, 7)
+except ScheduleError as error:
+    print(error)
 
 # %% [markdown]
 # Yours to do: [a schedule of one's own](exercises/51_schedule.py).

@@ -77,13 +77,12 @@ def compare(pp: int, microbatches: int, costs: Costs = UNIT) -> str:
     Memory is in units of costs.memory. A kind that refuses these counts has its reason in its row."""
     lines = [f"{'kind':12} {'stages':>6} {'time':>8} {'bubble':>8} {'idle':>6} {'memory':>8}"]
     for kind in KINDS:
-        chunks = 2 if kind in ("interleaved", "zbv", "dualpipev") else 1
         try:
-            schedule = lower(generate(kind, pp, microbatches, chunks))
+            schedule = lower(generate(kind, pp, microbatches))
         except ScheduleError as error:
             lines.append(f"{kind:12} {error}")
             continue
-        t = simulate(schedule, costs.split(chunks))
+        t = simulate(schedule, costs.split(schedule.stages // pp))
         lines.append(
             f"{kind:12} {schedule.stages:6} {t.time:8.2f} {t.bubble:8.2f} {t.bubble / t.time:6.1%} {max(t.memory):8.2f}"
         )

@@ -168,7 +168,18 @@ fig
 
 # %%
 #| export
-class TrainBatches:
+class Batches:
+    """Rows of `sequence_length` tokens, `batch_size` of them in each step; row r is a pure function of r."""
+
+    batch_size: int
+    sequence_length: int
+
+    def rows(self, step: int) -> np.ndarray:
+        """The rows of a step, (batch_size,) int64. A data-parallel rank reads its own part of them."""
+        return step * self.batch_size + np.arange(self.batch_size)
+
+
+class TrainBatches(Batches):
     """Shuffled windows of the training tokens. Row r is a pure function of (seed, r); step t is B rows.
 
     `windows` is the number of rows in an epoch. Raises UserError when the data is shorter than one window."""
@@ -179,10 +190,6 @@ class TrainBatches:
             raise UserError(f"train.sequence_length = {sequence_length}: longer than the training data: {cure}")
         self.tokens, self.sequence_length, self.batch_size, self.seed = tokens, sequence_length, batch_size, seed
         self.windows = len(tokens) // sequence_length
-
-    def rows(self, step: int) -> np.ndarray:
-        """The rows of a step, (batch_size,) int64. A data-parallel rank reads its own part of them."""
-        return step * self.batch_size + np.arange(self.batch_size)
 
     def starts(self, rows: np.ndarray) -> np.ndarray:
         """Position of each row's first token, int64."""
@@ -248,7 +255,7 @@ IGNORE = -100  # the target that torch's cross-entropy leaves out
 
 # %%
 #| export
-class HeldOutBatches:
+class HeldOutBatches(Batches):
     """The held-out tokens in order, each but the first a target exactly once. `len` counts batches.
 
     The mean over a whole pass is a sum of losses over `targets` divided by the count of targets not IGNORE,
@@ -261,10 +268,6 @@ class HeldOutBatches:
 
     def __len__(self) -> int:
         return -(-(len(self.tokens) - 1) // (self.sequence_length * self.batch_size))
-
-    def rows(self, step: int) -> np.ndarray:
-        """The rows of batch `step`, (batch_size,) int64; those past the end of the data are all IGNORE."""
-        return step * self.batch_size + np.arange(self.batch_size)
 
     def read(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of any rows, each (len(rows), sequence_length) int64."""

@@ -28,8 +28,8 @@ from pithtrain.train.run import Run
 # %%
 #| export
 def pick(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """One token drawn from `logits` (V,); the likeliest at temperature 0; `top_k` of 0 keeps all."""
-    if temperature == 0:
+    """One token drawn from `logits` (V,); the likeliest below temperature 1e-6; `top_k` of 0 keeps all."""
+    if temperature < 1e-6:
         return int(logits.argmax())
     if 0 < top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)

@@ -39,7 +39,7 @@ from pithtrain.parallel.pipeline.schedule import split_layers
 from pithtrain.parallel.ring import Ring, zigzag
 from pithtrain.parallel.sharding import ShardedStage, clip_gradients, drop_gathered
 from pithtrain.parallel.sharding import in_global_order, shard_decoder, shard_layer
-from pithtrain.train.batches import IGNORE, HeldOutBatches, TrainBatches
+from pithtrain.train.batches import IGNORE, Batches, HeldOutBatches
 from pithtrain.train.optimizer import make_optimizer
 
 # %% [markdown]
@@ -61,7 +61,7 @@ class Microbatch(NamedTuple):
 
 # %%
 #| export
-def read_microbatches(batches: TrainBatches | HeldOutBatches, step: int, size: int, mesh: Mesh) -> list[Microbatch]:
+def read_microbatches(batches: Batches, step: int, size: int, mesh: Mesh) -> list[Microbatch]:
     """This rank's microbatches of `size` sequences, of the step numbered `step` from 0, on its device."""
     axes, here = mesh.axes, mesh.coordinates
     positions = torch.arange(batches.sequence_length)
@@ -353,7 +353,7 @@ class Learner:
         if rate := self.config.balance.bias_rate:
             for part in self.parts.values():
                 for number, layer in part.layers.items():
-                    if load[int(number)].any():
+                    if layer.router is not None:
                         update_bias(layer.router.bias, load[int(number)], rate)
         load, sums = load.cpu(), sums.cpu()
         routed = load.any(dim=1)

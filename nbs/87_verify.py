@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from pithtrain.config import Config, MeshConfig, UserError
 from pithtrain.parallel.mesh import Mesh, check_axes, fit_axes, make_mesh
 from pithtrain.parallel.sharding import in_global_order
-from pithtrain.train.batches import IGNORE
+from pithtrain.train.batches import IGNORE, Batches
 from pithtrain.train.optimizer import learning_rate
 from pithtrain.train.step import Learner, StepResult, read_microbatches
 
@@ -44,15 +44,11 @@ from pithtrain.train.step import Learner, StepResult, read_microbatches
 
 # %%
 #| export
-class RandomBatches:
-    """Rows of random tokens, some targets IGNORE, with the interface of `TrainBatches`; row r depends on r alone."""
+class RandomBatches(Batches):
+    """Rows of random tokens, some targets IGNORE; row r depends on r alone."""
 
     def __init__(self, vocab_size: int, sequence_length: int, batch_size: int):
         self.vocab_size, self.sequence_length, self.batch_size = vocab_size, sequence_length, batch_size
-
-    def rows(self, step: int) -> np.ndarray:
-        """The rows of a step, (batch_size,) int64."""
-        return step * self.batch_size + np.arange(self.batch_size)
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Inputs and targets of any rows, each (len(rows), sequence_length) int64."""

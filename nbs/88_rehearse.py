@@ -37,7 +37,7 @@ from pithtrain.config import Config, UserError
 from pithtrain.layers.router import Routed, expert_load
 from pithtrain.models.stages import Arrived
 from pithtrain.parallel.expert import Announced, ExpertExchange, Journey
-from pithtrain.parallel.mesh import check_axes, fit_axes, make_mesh
+from pithtrain.parallel.mesh import make_mesh
 from pithtrain.parallel.pipeline.engine import Engine
 from pithtrain.parallel.sharding import on_this_rank
 from pithtrain.train.step import Learner, memory_error, read_microbatches
@@ -97,7 +97,6 @@ def rehearse(config: Config, rank: int, ranks: int, steps: int = 3) -> Rehearsal
     Raises UserError where the mesh does not fit."""
     if rank >= ranks:
         raise UserError(f"--rank: {rank} is not one of {ranks} ranks, which are counted from 0")
-    check_axes(config, fit_axes(config.mesh, ranks))
     device, dtype = choose_compute(config.run)
     cuda = device.type == "cuda"
     if cuda:

@@ -297,7 +297,7 @@ def ranged(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
 
     def parse(text: str) -> float:
         value = kind(text)
-        if not low <= value <= high:
+        if not low <= value <= min(high, 2**63 - 1):
             wanted = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text} is out of range, expected {wanted}")
         return value
@@ -345,9 +345,10 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("config", type=Path, help="the run's TOML file, for one configs/tiny.toml")
         self.set_defaults(overrides=())
 
-    def number(self, flag: str, default: float, low: float, help: str) -> None:
-        """A number that is at least `low`, of the type of its default."""
-        self.add_argument(flag, type=ranged(type(default), low), default=default, help=f"{help} (default {default})")
+    def number(self, flag: str, default: float, low: float, help: str, high: float = math.inf) -> None:
+        """A number from `low` to `high`, of the type of its default."""
+        kind = ranged(type(default), low, high)
+        self.add_argument(flag, type=kind, default=default, help=f"{help} (default {default})")
 
     def json(self) -> None:
         """Where to write the result."""
@@ -434,8 +435,7 @@ def make_parser() -> Parser:
     schedule.number("--pp", 4, 1, "pipeline ranks")
     schedule.number("--microbatches", 16, 1, "microbatches of a step")
     schedule.add_argument("--chunks", type=ranged(int, 1), help="stages of a rank, interleaved only (default 2)")
-    hidden = "share of a forward that overlap hides (default %(default)s)"
-    schedule.add_argument("--hidden", type=ranged(float, 0, 1), default=0.0, help=hidden)
+    schedule.number("--hidden", 0.0, 0, "share of a forward that overlap hides", high=1)
     schedule.number("--send", 0.0, 0.0, "what a transfer takes, of the forward of 1/PP of the model")
     picture = output(".png", ".svg", ".pdf")
     schedule.add_argument("--picture", type=picture, help="where to save the picture (default KIND-ppP-mM.png)")

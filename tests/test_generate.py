@@ -129,7 +129,7 @@ def test_generate_ends_at_end_of_text_and_repeats_with_its_seed():
     assert generate(run._replace(published={"eos_token_id": [4, 9]}), "def ", 20, temperature=0) == "def "
 
 
-@pytest.mark.parametrize("temperature, top_k", [(0.0, 0), (1.0, 1)])
+@pytest.mark.parametrize("temperature, top_k", [(0.0, 0), (1e-40, 0), (1.0, 1)])
 def test_pick_takes_the_likeliest(temperature, top_k):
     logits = torch.tensor([0.0, 3.0, 1.0])
     assert pick(logits, temperature, top_k, torch.Generator()) == 1

@@ -108,7 +108,7 @@ def test_counts_that_make_no_sense_are_refused_in_one_line(kind, pp, microbatche
 
 def test_what_a_kind_does_not_allow_is_refused_by_name():
     with pytest.raises(ScheduleError, match=r"dualpipev on 4 ranks .* microbatches >= 8, not 7"):
-        dualpipev(4, 7)
+        generate("dualpipev", 4, 7)
     with pytest.raises(ScheduleError, match="chunks >= 1, not 0"):
         interleaved(2, 4, 0)
     with pytest.raises(ScheduleError, match=r"'zigzag'.*choose one of gpipe"):
