@@ -234,7 +234,7 @@ class DeepseekConfig(DecoderConfig):
         if self.top_k > self.top_groups * size:
             found += [f"top_k: {self.top_k} is more than the {self.top_groups * size} experts of top_groups groups"]
         if self.dense_layers >= self.layers:
-            found += [f"dense_layers: {self.dense_layers} leave no layer with experts, of {self.layers}"]
+            found += [f"dense_layers: {self.dense_layers} of {self.layers} layers leaves none with experts"]
         if self.scoring == "sigmoid" and size < 2:
             found += [f"groups: {self.groups} leaves groups of {size}; sigmoid scoring judges them by two experts"]
         return found
@@ -348,7 +348,7 @@ def check_value(where: str, spec: dataclasses.Field, value: Any) -> Any:
     low, high = spec.metadata["low"], spec.metadata["high"]
     beyond = (spec.type is float and not math.isfinite(value)) or (spec.type is int and value >= 2**63)
     if beyond or (low is not None and value < low) or (high is not None and value > high):
-        span = f"at least {low}" if high is None else f"between {low} and {high}"
+        span = f"between {low} and {high}" if high is not None else "below 2**63" if beyond else f"at least {low}"
         raise UserError(f"{where}: {value} is out of range, expected {span}")
     return value
 

@@ -197,7 +197,7 @@ def programs_on(tensor: Tensor) -> int:
 #| export
 @triton.jit
 def locate(tile, across, tile_expert_ptr, first_tile_ptr, offset_ptr, BM: tl.constexpr):
-    """Expert, first row, end of the expert's rows and column block of a tile, `across` blocks wide."""
+    """Expert, first row, end of the expert's rows and column block of a tile; `across` tiles lie side by side."""
     e = tl.load(tile_expert_ptr + tile // across)
     first = tl.load(first_tile_ptr + e)
     down = tl.load(first_tile_ptr + e + 1) - first
@@ -316,7 +316,7 @@ def places(
 
 @triton.jit
 def block_of_rows(x, at, start, H: tl.constexpr, BK: tl.constexpr, IN_ORDER: tl.constexpr):
-    """Columns `start` to `start` + BK of the rows `at` these `places`; x is their descriptor if IN_ORDER."""
+    """Columns `start` to `start` + BK of BM rows, `at` what `places` found; x is their descriptor if IN_ORDER."""
     if IN_ORDER:
         return x.load([at, start])
     elif H % BK == 0:
@@ -332,7 +332,7 @@ def block_of_rows(x, at, start, H: tl.constexpr, BK: tl.constexpr, IN_ORDER: tl.
 # block of `BN`, so a single product of full width serves both, and the accumulator is cut in two at the end.
 #
 # What follows the product is one function of a gate and an up, and has another form in
-# [GPT-OSS](22a_clamped_experts.py): both are clamped, and a bias comes before. Which of the two it is is known when the
+# [GPT-OSS](22a_clamped_experts.py): both are clamped, and a bias comes before. Which form it is, is known when the
 # kernel is compiled, so neither pays for the other.
 
 
@@ -466,7 +466,7 @@ def product_kernel(
 # %%
 #| export
 def grouped_product(x: Tensor, weights: Tensor, order: Sorted, transposed: bool) -> Tensor:
-    """x (P, inner) in expert order times its expert's weights (E, N, inner) if transposed, else (E, inner, N)."""
+    """(P, N): x (P, inner) in expert order by its expert's weights, (E, N, inner) if transposed, or (E, inner, N)."""
     E, N, inner = weights.shape if transposed else (weights.shape[0], weights.shape[2], weights.shape[1])
     b, programs = blocks_for(x), programs_on(x)
     y = x.new_empty(len(x), N)
@@ -702,7 +702,8 @@ def weight_gradient(
 ) -> Tensor:
     """Sum over each expert's rows of left^T right: (E, ., .) in `dtype`.
 
-    One side is `rows` (P, .), the other is gathered from `others` (T, .) or, `in_order`, is `others` (P, .)."""
+    `others` is the left side if `gather_left`, else the right, and `rows` (P, .) the other one. `others` is (T, .) and
+    gathered or, `in_order`, already (P, .): then PyTorch multiplies, rounds to bf16, and that is converted."""
     left, right = (others, rows) if gather_left else (rows, others)
     if in_order:
         return F.grouped_mm(left.T, right, offs=order.offsets[1:]).to(dtype)
@@ -799,8 +800,8 @@ def triton_expert_mlp(
     tokens (T, H) in float32, bfloat16 or float16; expert_ids (T, K) int32 or int64, -1 for an expert that is not on
     this rank (contributes nothing); weights (T, K) float32; gate_up (E, 2I, H), gate rows first; down (E, H, I); both
     as `tokens`, or float32: then they are rounded to it, and their gradients are float32, not rounded on the way
-    where rows are gathered (see `dispatch_first`). Given `bias` (E, 2I), of gate and up, the form is that of
-    layers.clamped_experts. Nothing waits for the GPU. The gradient of `weights` where the id is -1 is zero.
+    where rows are gathered (see `dispatch_first`). Given `bias` (E, 2I) as `tokens`, of gate and up, the form is that
+    of layers.clamped_experts. Nothing waits for the GPU. The gradient of `weights` where the id is -1 is zero.
     Raises TypeError or ValueError, one line, on bad arguments."""
     want("tokens", tokens, (None, None), PRODUCTS_OF)
     (T, H), device = tokens.shape, tokens.device
@@ -851,7 +852,7 @@ if INTERPRETED:
 # ## Which runs when
 #
 # [The layer](22_experts.py) decides: these kernels on a GPU, portions of experts on a CPU. `reference_expert_mlp` is
-# there to test both against.
+# what tests hold both against, and what [clamped experts](22a_clamped_experts.py) run where the kernels do not serve.
 #
 # ## Where the time goes
 #
@@ -869,7 +870,8 @@ from pathlib import Path
 home = next((p for p in [Path.cwd(), *Path.cwd().parents] if (p / "docs" / "benchmarks").is_dir()), None)
 if home:
     measured = json.loads((home / "docs/benchmarks/products-h200.json").read_text())
-    print(f"{measured['device']}, {measured['versions']}, {measured['date']}: median ms, bf16, 16,384 tokens")
+    versions = ", ".join(f"{package} {version}" for package, version in measured["versions"].items())
+    print(f"{measured['device']}, {versions}, {measured['date']}: median ms, bf16, 16,384 tokens")
     for shape, rows in measured["shapes"].items():
         print(f"\n{shape:18}{'grouped_mm':>12}{'gathering':>12}{'in order':>12}")
         for row in rows:
@@ -877,7 +879,7 @@ if home:
             print(f"  {row['product']:16}" + "".join(f"{ms:12.2f}" if ms else " " * 12 for ms in times))
         by_token = [row for row in rows if row["gathering"]]
         ordered = sum(row["in_order"] or row["grouped_mm"] for row in by_token) + 3 * rows[-1]["in_order"]
-        print(f"  {'the way to rows':28}{sum(row['gathering'] for row in by_token):12.2f}{ordered:12.2f}")
+        print(f"  {'sum of what differs':28}{sum(row['gathering'] for row in by_token):12.2f}{ordered:12.2f}")
 
 # %% [markdown]
 # What was tried and lost:
@@ -889,7 +891,7 @@ if home:
 # * descriptors for what *d activated* loads or stores (slower), or for what *up* stores (no gain);
 # * programs that start at staggered times: no gain, and much slower where the delay is long, since programs in step
 #   share what they read;
-# * tiles of 128 x 192, which divide 2,880 without a rest, as two products in one loop;
+# * tiles of 128 x 192, which divide 2,880 without a remainder, as two products in one loop;
 # * Triton 3.6's automatic warp specialisation: it hung, or changed nothing.
 
 # %% [markdown]

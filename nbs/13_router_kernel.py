@@ -44,7 +44,8 @@ from pithtrain.kernels.lang import INTERPRETED, PRODUCTS_OF, tl, triton, want, w
 # %% [markdown]
 # ## The maths
 #
-# For a token $x$ and router rows $r_e$, with *scores* $p = \mathrm{softmax}(Rx)$ or $p = \sigma(Rx)$:
+# For a token $x$ and router rows $r_e$, stacked in $R$ (`router_weight`), with *scores* $p = \mathrm{softmax}(Rx)$
+# or $p = \sigma(Rx)$:
 #
 # $$S = \operatorname{top\text{-}k}_e(p_e + b_e), \qquad w_e = \lambda\, \frac{p_e}{\sum_{j \in S} p_j} \quad
 #   \text{or} \quad w_e = \lambda\, p_e ,$$
@@ -62,7 +63,7 @@ class Routed(NamedTuple):
 
     weights: Tensor  #: (T, K) fp32, what each chosen expert's output is multiplied by
     expert_ids: Tensor  #: (T, K) int64, the chosen experts, best first
-    probs: Tensor  #: (T, E) fp32, softmax or sigmoid scores, for balance losses
+    probs: Tensor  #: (T, E) fp32, scores for balance losses; layers.router divides those of a sigmoid by their sum
     load: Tensor  #: (E,) integers, how many tokens chose each expert
 
 
@@ -85,7 +86,8 @@ torch.manual_seed(0)
 hidden, router_weight = torch.randn(40, 16), torch.randn(6, 16) / 4
 routed = reference_route(hidden, router_weight, top_k=2)
 for t in range(3):
-    print(f"token {t}: experts {routed.expert_ids[t].tolist()} with weights {routed.weights[t].tolist()}")
+    weights = [round(w, 2) for w in routed.weights[t].tolist()]
+    print(f"token {t}: experts {routed.expert_ids[t].tolist()} with weights {weights}")
 print("load", routed.load.tolist())
 
 # %% [markdown]
@@ -342,9 +344,7 @@ def by_expert(lift: float) -> torch.Tensor:
 before, after = by_expert(0.0), by_expert(0.4)
 had = before[:, 0] > 0
 assert torch.equal(before[had], after[had])
-print(
-    f"expert 0 has {int(had.sum())} tokens, then {int((after[:, 0] > 0).sum())}; the weights of the first are the same"
-)
+print(f"expert 0 has {int(had.sum())} tokens, then {int((after[:, 0] > 0).sum())}; all weights of the old ones stay")
 
 # %% [markdown]
 # Next: the other end of the model, [the loss](14_cross_entropy.py).

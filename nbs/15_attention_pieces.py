@@ -149,7 +149,7 @@ def pieces(
     bounds = None if documents is None else documents.tolist()
     if bounds is not None:
         if not bounds or (bounds[0], bounds[-1]) != (0, rows * length):
-            ends = f"go from {bounds[0]} to {bounds[-1]}" if bounds else "are none"
+            ends = f"go from {bounds[0]} to {bounds[-1]}" if bounds else "are missing"
             raise ValueError(f"documents: boundaries {ends}; want 0 to {rows} x {length} tokens")
         if bounds != sorted(bounds) or not set(bounds).issuperset(range(0, rows * length, length)):
             raise ValueError(

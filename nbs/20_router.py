@@ -97,8 +97,8 @@ for best in (1, 2):
 # Scores and choice are float32 whatever the model computes in: two experts whose scores differ in
 # the fourth digit would tie in bfloat16, and a tie broken differently on two machines is a different model.
 #
-# A bias can choose experts whose probabilities have all underflowed to zero. 1e-20 beside their sum makes their
-# weights zero then, and not the quotient of two zeros. What comes out is [the kernel's](13_router_kernel.py)
+# A bias can choose experts whose probabilities have all underflowed to zero. Their sum plus 1e-20 as the divisor makes
+# their weights zero then, where the bare sum would make them NaN. What comes out is [the kernel's](13_router_kernel.py)
 # `Routed`: `weights` and `expert_ids` (T, K), and what a [balance loss](21_balance.py) asks for, `probs` (T, E) and
 # each expert's `load` (E,).
 
@@ -107,7 +107,7 @@ for best in (1, 2):
 #| export
 def shares(scores: Tensor) -> Tensor:
     """`scores` divided by their sum over the last axis; of a sum of zero all shares are zero."""
-    return scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)  # nothing beside a sum above 1e-12
+    return scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)  # lost in fp32's rounding of any sum above 1e-12
 
 
 def expert_load(expert_ids: Tensor, experts: int) -> Tensor:
@@ -173,10 +173,10 @@ fig
 # ## The layer
 #
 # The bias is a buffer, not a parameter: no gradient reaches it. It is saved with the model, because
-# leaving it out would route a resumed run differently. On a GPU [one kernel](13_router_kernel.py) does all of
-# `route`, unless experts stand in groups. There the weight is rounded to the dtype of the tokens, as all others are, so
-# that tensor cores multiply, 64 tokens at a time; a few tokens whose last two candidates are nearly tied choose
-# differently for it. Sums, and everything after them, are float32 all the same.
+# leaving it out would route a resumed run differently. On a GPU, unless experts stand in groups, [one
+# kernel](13_router_kernel.py) does all of `route`. It gets the weight rounded to the dtype of the tokens, as all other
+# weights are, so that tensor cores multiply; a few tokens whose last two candidates are nearly tied choose differently
+# for it. Sums, and everything after them, are float32 all the same.
 
 
 # %%
@@ -204,7 +204,8 @@ class Router(nn.Module):
 
 
 # %% [markdown]
-# The gradient arrives through the weights alone. How far does it reach? One token, two chosen experts:
+# Without a balance loss the gradient arrives through the weights alone. How far does it reach? One token, two chosen
+# experts:
 
 # %%
 layer = Router(16, 8, top_k=2, renormalise=True)
@@ -216,7 +217,7 @@ print("gradient norm of each router row:", [f"{g:.3f}" for g in layer.weight.gra
 
 # %% [markdown]
 # The softmax couples every row to every other, but renormalising divides that coupling out: only the
-# chosen rows move. An expert that no token chooses therefore stays unchosen, and a router needs help to
+# chosen rows move. An expert that no token chooses gets no gradient at all, and a router needs help to
 # keep its experts busy: [balance](21_balance.py).
 #
 # ## What groups save

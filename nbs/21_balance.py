@@ -43,8 +43,8 @@ print("together:  ", load.sum(dim=0).tolist(), "of", ids.numel(), "pairs")
 # $$\mathcal{L} = E \sum_{e=1}^{E} f_e P_e$$
 #
 # (Switch Transformer, arXiv 2101.03961, eq. 4, with $f$ over pairs so that it holds for any `top_k`). At
-# perfect balance $f_e = P_e = 1/E$ and $\mathcal{L} = 1$; when all tokens go to the same $K$ experts, each certainly,
-# $\mathcal{L} = E / K$.
+# perfect balance $f_e = P_e = 1/E$ and $\mathcal{L} = 1$; when all tokens go to the same $K$ experts and the
+# router gives no other any probability, $\mathcal{L} = E / K$.
 # $f$ is a count and has no gradient; the gradient flows through $P$ and pushes down the probability of the
 # experts with the most load. One function serves every form of the loss, because the forms differ only in
 # *which tokens $f$ is counted over*.

@@ -33,7 +33,7 @@ from pithtrain.kernels.lang import kernels_serve, wanted
 # $H \times I$ (SwiGLU: arXiv 2002.05202). $G_e$ and $U_e$ are stored as one tensor `gate_up` of shape
 # $(E, 2I, H)$, gate rows first: one matrix product computes both.
 #
-# The smallest true implementation is a loop over experts. It is the reference for every faster one.
+# The smallest true implementation is a loop over experts:
 
 
 # %%
@@ -141,9 +141,8 @@ print("norms of the experts' gradients:", [round(norm, 2) for norm in found.flat
 #   \begin{bmatrix} \bar G \\ \bar U \end{bmatrix} \mathrel{+}= \bar h\, x^\top, \qquad
 #   \bar x \mathrel{+}= \begin{bmatrix} G \\ U \end{bmatrix}^\top \bar h.$$
 #
-# $\bar w$ is the gradient of the router's weight. Taking it from $\langle z, a\rangle$, rather than
-# from $\langle \bar y, D a \rangle$, needs no expert output to be stored or computed again; the two are
-# equal (the observation is SonicMoE's, arXiv 2512.14080).
+# $\bar w$, the gradient of the router's weight, is $\langle z, a\rangle$ and not $\langle \bar y, D a \rangle$, its
+# equal, because that would need the expert's output ([more](12_expert_mlp.py)).
 
 
 # %%
@@ -318,5 +317,5 @@ torch.testing.assert_close(layer(tokens, expert_ids, weights), expected)
 # %% [markdown]
 # Yours to do: [experts without wasted work](exercises/22_experts.py).
 #
-# Next: the parts of the layer that are not an MLP: [linear](23_linear.py), [norm](24_norm.py),
-# [positions](25_rotary.py) and [attention](26_attention.py).
+# Next: the experts of GPT-OSS, [clamped and with biases](22a_clamped_experts.py), then the parts of the layer that are
+# not an MLP: [linear](23_linear.py), [norm](24_norm.py), [positions](25_rotary.py) and [attention](26_attention.py).

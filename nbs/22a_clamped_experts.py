@@ -4,8 +4,7 @@
 # > The expert MLPs of GPT-OSS: a SwiGLU whose inputs are clamped, and a bias on every product.
 #
 # [Experts](22_experts.py) multiply two projections of a token with each other, so a single large feature can
-# grow as the square. GPT-OSS (arXiv 2508.10925) holds both factors within a limit, which also keeps them
-# within the range of the 4-bit format that its weights are published in.
+# grow as the square. GPT-OSS (arXiv 2508.10925) holds both factors within a limit.
 
 # %%
 #| default_exp layers.clamped_experts
@@ -21,18 +20,19 @@ from pithtrain.layers.experts import kernels_take
 # %% [markdown]
 # ## The maths
 #
-# With gate $g = G_e x + c_e$ and up projection $u = U_e x + d_e$ of expert $e$, both clamped at $\ell = 7$
-# (the gate from above alone, since its negative side is flat),
+# With gate $g = G_e x + c_e$ and up projection $u = U_e x + d_e$ of expert $e$, both clamped at 7 (the gate from above
+# alone, since its negative side is flat),
 #
 # $$y = \sum_{e \in S} w_e \left( D_e\, \big( g\, \sigma(1.702\, g) \odot (u + 1) \big) + f_e \right).$$
 #
-# $g\,\sigma(1.702\,g)$ is close to GELU, and the 1 lets the gate pass where $u$ is zero. The bias $f_e$ is inside
-# the bracket: the routing weight scales it too.
+# In the code $c_e$ on top of $d_e$ is `gate_up_bias[e]`, and $f_e$ is `down_bias[e]`. $g\,\sigma(1.702\,g)$ is close
+# to GELU, and the 1 lets the gate pass where $u$ is zero. The bias $f_e$ is inside the bracket: the routing weight
+# scales it too.
 
 
 # %%
 def clamped_swiglu(projected):
-    """(..., 2D), gates first, to (..., D)."""
+    """(..., 2I), gates first, to (..., I)."""
     gate, up = projected.chunk(2, dim=-1)
     gate, up = gate.clamp(max=7), up.clamp(min=-7, max=7)
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
@@ -100,30 +100,36 @@ class ClampedExperts(nn.Module):
         output = run(tokens, expert_ids, weights, self.gate_up, self.down, self.gate_up_bias.to(tokens.dtype))
         ids = expert_ids.where(expert_ids >= 0, len(self.down))
         shares = weights.new_zeros(len(tokens), len(self.down) + 1).scatter_add(1, ids, weights)[:, :-1]
-        return torch.addmm(output.float(), shares.float(), self.down_bias.float()).to(tokens.dtype)
+        wide = torch.promote_types(tokens.dtype, torch.float32)
+        return torch.addmm(output.to(wide), shares.to(wide), self.down_bias.to(wide)).to(tokens.dtype)
 
+
+# %% [markdown]
+# On a CPU both are loops: what is compared is the last bias. `tests/test_clamped_experts.py` compares the kernels.
 
 # %%
 torch.manual_seed(0)
-T, H, E, K, D = 12, 16, 4, 2, 24  # tokens, hidden, experts, top_k, expert hidden
+T, H, E, K, I = 12, 16, 4, 2, 24  # noqa: E741 (tokens, hidden, experts, top_k, expert hidden)
 tokens = (4 * torch.randn(T, H)).requires_grad_()  # large enough to be clamped
 weights, expert_ids = torch.softmax(torch.randn(T, E), dim=1).topk(K)
 expert_ids[::3, 0] = -1
-layer = ClampedExperts(H, E, D)
+layer = ClampedExperts(H, E, I)
 for parameter in layer.parameters():
     torch.nn.init.normal_(parameter, std=0.3)
 leaves = [tokens, weights.requires_grad_(), *layer.parameters()]
 parts = (layer.gate_up, layer.gate_up_bias, layer.down, layer.down_bias)
-fast, slow = layer(tokens, expert_ids, weights), clamped_experts_reference(tokens, expert_ids, weights, *parts)
+ours, true = layer(tokens, expert_ids, weights), clamped_experts_reference(tokens, expert_ids, weights, *parts)
 upstream = torch.randn(T, H)
-fast_grads, slow_grads = (torch.autograd.grad(y, leaves, upstream) for y in (fast, slow))
-for a, b in zip((fast, *fast_grads), (slow, *slow_grads), strict=True):
+our_grads, true_grads = (torch.autograd.grad(y, leaves, upstream) for y in (ours, true))
+names = ("output", "tokens", "weights", *(name for name, _ in layer.named_parameters()))
+for name, a, b in zip(names, (ours, *our_grads), (true, *true_grads), strict=True):
     assert (a - b).norm() <= 1e-5 * b.norm()
-    print(f"{tuple(a.shape)!s:14} relative difference {((a - b).norm() / b.norm()).item():.1e}")
+    print(f"{name:14} relative difference {((a - b).norm() / b.norm()).item():.1e}")
 
 # %% [markdown]
-# What the kernels save on a GPU, for one layer of GPT-OSS-20B's widths, forward and backward
-# (`tools/clamped_experts.py`):
+# What the kernels save on a GPU, for one layer of GPT-OSS-20B's widths, forward and backward, beside the same sum by
+# PyTorch's grouped product over sorted pairs, `grouped_mm` (`tools/clamped_experts.py`; when this was measured, that
+# also looked out for pairs of id -1):
 
 # %%
 import json

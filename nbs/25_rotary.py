@@ -74,9 +74,10 @@ fig
 # %%
 #| export
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, neighbours: bool = False) -> Tensor:
-    """Rotate `x` (batch, sequence, heads, head_dim) by a table of (sequence, head_dim / 2); dtype stays.
+    """Rotate `x` (batch, sequence, heads, head_dim) by a table in fp32; dtype stays.
 
-    A pair is a feature of each half or, if `neighbours`, features 2i and 2i + 1."""
+    `cos` and `sin` are (sequence, head_dim / 2) or (batch, sequence, head_dim / 2). A pair is feature i of each half
+    or, if `neighbours`, features 2i and 2i + 1."""
     if kernels_serve(x):
         return triton_rotate(x, cos, sin, neighbours)
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1) if neighbours else x.chunk(2, dim=-1)
@@ -115,9 +116,9 @@ assert abs(score(7, 2) - score(107, 102)) < 1e-4
 
 # %%
 table = rotary_table(torch.tensor([7]), 32, 10_000.0)
-neighbours = torch.arange(32).view(2, 16).t().flatten()  # 0, 16, 1, 17, ...: halves to neighbours
-moved = rotate(query[..., neighbours], *table, neighbours=True)
-assert torch.equal(moved, rotate(query, *table)[..., neighbours])
+places = torch.arange(32).view(2, 16).t().flatten()  # 0, 16, 1, 17, ...: halves to neighbours
+moved = rotate(query[..., places], *table, neighbours=True)
+assert torch.equal(moved, rotate(query, *table)[..., places])
 
 # %% [markdown]
 # ## Longer than it was trained on: YaRN
@@ -217,8 +218,8 @@ def yarn_table(
 
 
 # %% [markdown]
-# How familiar is what lies beyond? The slowest pair's cosine over four training lengths, plain and stretched
-# by four: stretched, it stays within what training has shown, the shaded part of the axis.
+# How familiar is what lies beyond? A slow pair's cosine over four training lengths, plain and stretched by four:
+# stretched, it stays within what training has shown, the shaded part of the axis.
 
 # %%
 positions = torch.arange(4 * 4096)

@@ -29,7 +29,8 @@ from pithtrain.layers.rotary import rotate
 #
 # For query head $h$ with key and value head $\lfloor h / g \rfloor$, where $g$ is the size of a group,
 #
-# $$o_t^h = \sum_{s \le t} \operatorname{softmax}_s\!\left( \frac{q_t^h \cdot k_s}{\sqrt d} \right) v_s.$$
+# $$o_t^h = \sum_{s \le t} \operatorname{softmax}_s\!
+#   \left( \frac{q_t^h \cdot k_s^{\lfloor h/g \rfloor}}{\sqrt d} \right) v_s^{\lfloor h/g \rfloor}.$$
 #
 # The smallest true implementation writes the score matrix out:
 
@@ -47,7 +48,7 @@ def attention_reference(q, k, v):
 # %% [markdown]
 # It needs memory that grows with the square of the sequence. torch's `scaled_dot_product_attention` never
 # forms the matrix: it walks over blocks of keys and keeps a running softmax (FlashAttention, arXiv
-# 2205.14135). It is the fast implementation here, on CPU and GPU.
+# 2205.14135).
 
 # %%
 torch.manual_seed(0)
@@ -60,23 +61,23 @@ torch.testing.assert_close(fast, attention_reference(q, k, v))
 #
 # What a layer computes around attention (projections, norms, rotation) does not depend on where the keys
 # are. How queries meet keys does: on one rank, or with each sequence spread over several. So a layer is
-# given its *core*, an object with the methods of `OneRank` below, and does not ask which one it is.
+# given its *core*, an object with the methods of `OneRank` below, and does not ask which one it is. `attend` serves
+# attention; `whole_sequence`, `own_sequence` and `held` serve [the delta rule](29_delta_rule.py), which reads each
+# sequence from its start and so gets a share of the heads instead of a share of the tokens.
 #
 # Three things may narrow or change what a query sees. *Documents* packed into one row must not see each
 # other. A *window* lets a query see its nearest keys alone. A *sink* is a learned logit in each head's
-# softmax that has no value (GPT-OSS). Latent attention has a method of its own, because what travels between
-# ranks should be the small latents, not the keys made of them.
-
-
-# %% [markdown]
-# The latents of latent attention are expanded by one matrix product; the rotated part of the key is the same for all
-# heads.
+# softmax that has no value (GPT-OSS). For [latent attention](28_latent_attention.py) a core is given *latents*, short
+# vectors, and the matrix that makes keys and values of them: what travels between ranks should be the small latents.
+#
+# `expand_latent` makes the keys and values of all heads by one matrix product; the rotated part of the key is the same
+# for all heads.
 
 
 # %%
 #| export
 def expand_latent(latent: Tensor, key_rope: Tensor, expand: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Keys (B, heads, L, head_dim) and values (B, heads, L, Dv) of latents; see `OneRank.attend`."""
+    """Keys (B, heads, L, head_dim) and values (B, heads, L, Dv) of latents (B, L, R); see `OneRank.attend`."""
     heads, unrotated = expand.shape[0], head_dim - key_rope.shape[-1]
     both = F.linear(latent, expand.flatten(0, 1).to(latent.dtype)).unflatten(-1, (heads, -1)).transpose(1, 2)
     shared = key_rope.unsqueeze(1).expand(-1, heads, -1, -1)
@@ -86,9 +87,9 @@ def expand_latent(latent: Tensor, key_rope: Tensor, expand: Tensor, head_dim: in
 # %% [markdown]
 # ## On one rank
 #
-# Plain causal attention goes to torch, which picks its fastest kernel. The rest is computed
-# [in pieces](15_attention_pieces.py): rectangles of the score matrix that skip what no query sees, never a
-# mask of the matrix's size.
+# Plain causal attention goes to torch, which picks its fastest kernel, or to FlashAttention-4 where that is installed
+# and takes these heads. The rest is computed [in pieces](15_attention_pieces.py): rectangles of the score matrix that
+# skip what no query sees, never a mask of the matrix's size.
 
 
 # %%
@@ -107,9 +108,9 @@ class OneRank:
         documents: (N + 1,) integers, best kept on the CPU: where the packed documents begin in the tokens of
         all rows laid end to end, the start of each row included, and last the number of tokens. Where ranks
         share each sequence, rows are whole sequences here. window: a query sees itself and the window - 1 keys
-        before it. sinks: (heads,) the logit of a key without a value. expand: (heads, D - R + Dv, F), for multi-head
-        latent attention: k is then a latent (B, L, F) of which it makes each head's unrotated key and its value, and v
-        the rotated rest of the key (B, L, R), which all heads share."""
+        before it. sinks: (heads,) the logit of a key without a value. expand: (heads, D - Dr + Dv, R), for multi-head
+        latent attention: k is then a latent (B, L, R) of which it makes each head's unrotated key and its value, and v
+        the rotated rest of the key (B, L, Dr), which all heads share."""
         if expand is not None:
             k, v = expand_latent(k, v, expand, q.shape[-1])
         rows, queries, keys = q.shape[0], q.shape[2], k.shape[2]
@@ -172,7 +173,7 @@ class Sequences(NamedTuple):
     """What attention knows of its tokens: where they stand, and which documents they belong to."""
 
     cos: Tensor
-    """(S, R / 2) or (B, S, R / 2) fp32: the rotary table of the tokens' positions."""
+    """(S, Dr / 2) or (B, S, Dr / 2) fp32: the rotary table of the positions, for Dr rotated features."""
     sin: Tensor
     documents: Tensor | None = None
     """Where packed documents begin: see `OneRank.attend`."""

@@ -30,10 +30,12 @@ from pithtrain.layers.rotary import rotate
 # $$c_s = \operatorname{RMSNorm}(W^{DKV} x_s), \qquad k_s^h = \begin{pmatrix} W^{UK}_h c_s \\ k_s^R \end{pmatrix},
 #   \qquad v_s^h = W^{UV}_h c_s, \qquad k_s^R = \operatorname{rotate}(W^{KR} x_s).$$
 #
-# Why the second part of the key? A rotation between $W^{UK}$ and the query would depend on the position of
-# the token, and would have to be kept for each head. So position lives in a few features of its own, $k^R$,
-# which all heads share. Only $c_s$ and $k_s^R$ are kept. Queries have the same two parts, $q^h = (q^C, q^R)$,
-# and may go through a low rank of their own, which saves activations in training.
+# Why the second part of the key? If $W^{UK}_h c_s$ were rotated as well, a rotation by the position of the token would
+# stand between $W^{UK}_h$ and the query, and the two could not be multiplied first, as they are below: rotated keys of
+# all heads would have to be kept. So position lives in a few features of its own, $k^R$, which all heads share. Only
+# $c_s$ and $k_s^R$ are kept. In the code `latent` is $W^{DKV}$ on top of $W^{KR}$, and `expand` each head's $W^{UK}_h$
+# on top of $W^{UV}_h$. Queries have the same two parts, $q^h = (q^C, q^R)$, and may go through a low rank of their own,
+# which saves activations in training.
 #
 # The smallest true implementation makes no key and no value at all. As
 # $q^C \cdot (W^{UK}_h c_s) = (W^{UK\top}_h q^C) \cdot c_s$, a head can carry its *query* into the latent space,
@@ -164,15 +166,9 @@ ax.set(title="Cache of one token in one layer", xlabel="bytes, bfloat16", xscale
 ax.invert_yaxis()
 fig
 
-# %%
-latents = kept["MLA, 128 heads of their own"]
-print(
-    f"{latents / kept['GQA, 1 key heads']:.2f} key-value heads, {kept['GQA, 128 key heads'] / latents:.0f} times less"
-)
-
 # %% [markdown]
 # The latent costs as much as two and a quarter key-value heads would, and 57 times less than a key and a
 # value for each of the heads (the top bar).
 #
-# Next: the [five stages](30_stages.py) that attention is the first of, and the family that is built on
-# latents, [DeepSeek](33_deepseek.py).
+# Next: attention with a state instead of a cache, [the delta rule](29_delta_rule.py). The family that is built on
+# latents is [DeepSeek](33_deepseek.py).

@@ -24,7 +24,7 @@ from typing import Literal, get_args
 from pithtrain.parallel.pipeline.schedule import Action, Op, Schedule, ScheduleError, round_placement, v_placement
 
 # %% [markdown]
-# Two helpers: a pass of every microbatch, and the one way in which a count can be refused.
+# A helper: one pass of every microbatch.
 
 
 # %%

@@ -169,7 +169,7 @@ fig
 # %%
 #| export
 class Batches:
-    """Rows of `sequence_length` tokens, `batch_size` of them in each step; row r is a pure function of r."""
+    """Rows of `sequence_length` tokens, `batch_size` a step. A subclass has `read(rows)`: their inputs and targets."""
 
     batch_size: int
     sequence_length: int
@@ -270,7 +270,7 @@ class HeldOutBatches(Batches):
         return -(-(len(self.tokens) - 1) // (self.sequence_length * self.batch_size))
 
     def read(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of any rows, each (len(rows), sequence_length) int64."""
+        """Inputs and targets of any rows, each (len(rows), sequence_length) int64; rows past the end are all IGNORE."""
         positions = rows[:, None] * self.sequence_length + np.arange(self.sequence_length + 1)
         inside = positions < len(self.tokens)
         window = self.tokens.take(np.where(inside, positions, 0))

@@ -266,7 +266,7 @@ def torchtitan_block(problem: Problem) -> Block:
 # %%
 #| export
 def skewed_ids(shape: Shape, device: torch.device) -> Tensor:
-    """expert_ids (T, K), distinct in each row, whose largest load is 8 times the mean."""
+    """expert_ids (T, K), distinct in each row, whose largest load is 8 times the mean, or T if that is less."""
     rank = torch.arange(1, shape.experts + 1, device=device).log()
     gumbel = -torch.rand(shape.tokens, shape.experts, device=device).clamp(min=1e-9).log().neg().log()
     mean, low, high = shape.tokens * shape.top_k / shape.experts, 0.0, 8.0
@@ -340,12 +340,12 @@ def floor_products(problem: Problem) -> Callable[[], None]:
 # ## Timing
 #
 # A graphics card's clock follows the power it has just drawn, so each entrant is measured in its own steady state: it
-# runs for a third of a second before anything counts. A card also warms up and cools down over seconds (`turns_ms` in
+# runs for 0.3 seconds before anything counts. A card also warms up and cools down over seconds (`turns_ms` in
 # the files shows it), and an entrant that follows the hottest one finds a slower card. So all take turns, as often as
 # there are entrants: every other turn goes backwards, and each pair of turns begins with the next one. On a GPU the
 # clock is the GPU's own events, 256 MB are overwritten before each repetition to empty the cache, and the host runs
-# ahead, as it does in training. The median is reported. Peak memory is what one pass holds beyond weights, tokens and
-# output gradient.
+# ahead, as it does in training. The median of the turns' medians is reported. Peak memory is what one pass holds beyond
+# weights, tokens and output gradient.
 
 
 # %%
@@ -499,7 +499,7 @@ fig, ax = plt.subplots(figsize=(7, 2.4))
 ax.barh(
     [row["name"] for row in result["rows"]],
     [row["ms"] for row in result["rows"]],
-    color=["0.7", "C0", "C1", "C2", "C0"],
+    color=["0.7", *(f"C{i}" for i in range(len(result["rows"]) - 2)), "C0"],
 )
 ax.axvline(result["rows"][0]["ms"], color="0.5", lw=1)
 ax.set(title=f"MoE block, {result['shape']['name']}: {result['measured']}", xlabel="milliseconds, forward + backward")
@@ -507,7 +507,7 @@ ax.invert_yaxis()
 fig
 
 # %% [markdown]
-# ## On two GPUs
+# ## On an H200 and an H100
 #
 # `pithtrain bench moe --shape NAME --json FILE` writes what it measured. The files `docs/benchmarks/moe-*.json` come
 # from an H200 and, a day older and without TorchTitan, an H100; here they are, as multiples of each shape's floor. The
@@ -541,10 +541,10 @@ fig
 # ## Dispatch
 #
 # What [expert parallelism](41_expert_parallel.py) adds on a rank, apart from the wire (`tools/dispatch_cost.py`
-# measures it). First the kernels that find and add up rows, as on one rank of eight, beside the time in which an
-# H200's memory moves the bytes that they cannot avoid moving. `gather_sum` is near the memory's speed. `plan_rows`, two
-# launches over 8 MB, is bound by latency, and launched alone by the host, which takes longer than a replay from a CUDA
-# graph; in training the host runs ahead. Then the whole block, forward and backward, at home and through an exchange
+# measures it). First the [kernels](16_dispatch_kernel.py) that find and add up rows, as on one rank of eight, beside
+# the time in which an H200's memory moves the bytes that they cannot avoid moving. `gather_sum` is near the memory's
+# speed. `plan_rows`, two launches over 8 MB, is bound by latency in a CUDA graph, and by the host when launched alone;
+# in training the host runs ahead. Then the whole block, forward and backward, at home and through an exchange
 # over a group of one rank: every token is gathered, sent by the rank to itself, brought back and added up. These two
 # were measured once, one after the other; a card that is still warming up favours the first by a few percent.
 

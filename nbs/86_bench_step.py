@@ -3,8 +3,8 @@
 #
 # > Tokens per second of our training step and of a plain loop over the transformers model, in one run.
 #
-# A speed means little alone: machines differ, and the same machine differs from hour to hour. So both
-# models train in the same process, on the same batches, with AdamW and the same threads, and what
+# A speed means little alone: machines differ, and the same machine differs from hour to hour. So all
+# contenders train in the same process, on the same batches, with AdamW and the same threads, and what
 # is reported beside the speeds is their *ratio*.
 #
 # The peer is what one would write without PithTrain: the model of `transformers`, `cross_entropy`, `clip_grad_norm_`,
@@ -72,6 +72,7 @@ print(f"{total:,} parameters in both, of which a token uses {active:,}")
 # %%
 #| export
 Step = Callable[[Tensor], float]
+"""Token ids (B, S + 1) int64 to the loss, after one step on them."""
 
 
 def our_step(config: Config) -> Step:
@@ -178,7 +179,8 @@ def flops_per_token(config: Config) -> float:
 
 
 # %%
-print(f"{flops_per_token(Config(model=small)) / 1e6:.2f} MFLOP for each token")
+config = Config(model=small)
+print(f"{flops_per_token(config) / 1e6:.2f} MFLOP for each token, in sequences of {config.train.sequence_length}")
 
 # %% [markdown]
 # ## Taking turns
@@ -190,7 +192,7 @@ print(f"{flops_per_token(Config(model=small)) / 1e6:.2f} MFLOP for each token")
 # %%
 #| export
 def bench_step(config: Config, rounds: int) -> dict[str, Any]:
-    """Times of one training step: ours, and transformers' with two of its experts' implementations.
+    """Times of one training step: ours, and that of transformers with two of its implementations of experts.
 
     Every contender takes `rounds` timed steps after two that warm up. The batch is one microbatch of random tokens.
     The result is ready for JSON."""
@@ -349,5 +351,6 @@ if file.exists():
         print(f"{kind:24}{ms:6.1f} ms, {ms / sum(kinds.values()):5.1%}")
 
 # %% [markdown]
-# Beside products, attention and AdamW nothing is a tenth of the step. The feature norms run as torch's kernels, forward
-# and backward; kernels of our own would save less than the 4 % that they take, and were not written.
+# Beside our experts' kernels, the other matrix products, attention and AdamW no kind takes a tenth of the step. The
+# feature norms run as torch's kernels, forward and backward; kernels of our own would save less than the 4 % that they
+# take, and were not written.

@@ -14,7 +14,6 @@
 import argparse
 import dataclasses
 import json
-import math
 import os
 import signal
 import sys
@@ -292,13 +291,13 @@ def schedule_command(arguments: argparse.Namespace) -> None:
 
 # %%
 #| export
-def ranged(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+def ranged(kind: type, low: float, high: float = 2**63 - 1) -> Callable[[str], float]:
     """An argparse type: a number of type `kind` from `low` to `high`."""
 
     def parse(text: str) -> float:
         value = kind(text)
-        if not low <= value <= min(high, 2**63 - 1):
-            wanted = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        if not low <= value <= high:
+            wanted = f"at least {low}" if value < low else f"at most {high}"
             raise argparse.ArgumentTypeError(f"{text} is out of range, expected {wanted}")
         return value
 
@@ -345,7 +344,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("config", type=Path, help="the run's TOML file, for one configs/tiny.toml")
         self.set_defaults(overrides=())
 
-    def number(self, flag: str, default: float, low: float, help: str, high: float = math.inf) -> None:
+    def number(self, flag: str, default: float, low: float, help: str, high: float = 2**63 - 1) -> None:
         """A number from `low` to `high`, of the type of its default."""
         kind = ranged(type(default), low, high)
         self.add_argument(flag, type=kind, default=default, help=f"{help} (default {default})")

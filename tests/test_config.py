@@ -43,7 +43,10 @@ def refusal(tmp_path: Path, text: str, overrides: list[tuple[str, str]] = ()) ->
         ('[train]\nsteps = "5"', "run.toml: train.steps: '5' is of type str, expected int"),
         ("[train]\nsteps = 5.0", "run.toml: train.steps: 5.0 is of type float, expected int"),
         ("[train]\nsteps = true", "run.toml: train.steps: True is of type bool, expected int"),
-        ("[train]\nsteps = 9223372036854775808", "train.steps: 9223372036854775808 is out of range"),
+        (
+            "[train]\nsteps = 9223372036854775808",
+            "train.steps: 9223372036854775808 is out of range, expected below 2**63",
+        ),
         ("[train]\nsteps = 0", "run.toml: train.steps: 0 is out of range, expected at least 1"),
         ("[data]\nheld_out = 0.9", "data.held_out: 0.9 is out of range, expected between 0.001 and 0.5"),
         ("[optimizer]\nlearning_rate = nan", "optimizer.learning_rate: nan is out of range"),

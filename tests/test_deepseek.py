@@ -299,7 +299,7 @@ def test_selection_bias_sends_tokens_elsewhere():
         ({"groups": 4, "top_groups": 5}, "model.top_groups: 5 is more than groups, 4"),
         ({"groups": 4}, "model.top_k: 3 is more than the 2 experts of top_groups groups"),
         ({"groups": 8, "top_groups": 8, "scoring": "sigmoid"}, "model.groups: 8 leaves groups of 1"),
-        ({"dense_layers": 9}, "model.dense_layers: 9 leave no layer with experts, of"),
+        ({"dense_layers": 9}, "model.dense_layers: 9 of 3 layers leaves none with experts"),
         ({"scoring": "tanh"}, "model.scoring: 'tanh' is not one of 'softmax', 'sigmoid'"),
         ({"yarn_factor": 0.5}, "model.yarn_factor: 0.5 is out of range"),
     ],

@@ -95,7 +95,7 @@ def test_what_is_out_of_sight_costs_nothing():
 
 @pytest.mark.parametrize("documents", [[1, 8], [0, 9], [0, 7], []])
 def test_wrong_boundaries_are_refused(documents):
-    with pytest.raises(ValueError, match=r"documents: boundaries (go from . to .|are none); want 0 to 2 x 4 tokens"):
+    with pytest.raises(ValueError, match=r"documents: boundaries (go from . to .|are missing); want 0 to 2 x 4 tokens"):
         pieces([range(4)], [range(4)], 2, 4, documents=torch.tensor(documents))
 
 

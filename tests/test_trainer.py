@@ -414,11 +414,17 @@ def test_generate(command, tmp_path, capsys):
         (["trian", "configs/tiny.toml"], "COMMAND: invalid choice: 'trian'"),
         (["train"], "the following arguments are required: config; pithtrain train --help"),
         (["generate", "run", "--temperature", "-1"], "--temperature: -1 is out of range, expected at least 0"),
-        (["generate", "run", "--temperature", "inf"], "--temperature: inf is out of range, expected at least 0"),
-        (["generate", "run", "--seed", "9" * 20], f"--seed: {'9' * 20} is out of range, expected at least 0"),
-        (["export", "run", "to", "--shard-gb", "inf"], "--shard-gb: inf is out of range, expected at least 0.001"),
+        (
+            ["generate", "run", "--temperature", "inf"],
+            f"--temperature: inf is out of range, expected at most {2**63 - 1}",
+        ),
+        (["generate", "run", "--seed", "9" * 20], f"--seed: {'9' * 20} is out of range, expected at most {2**63 - 1}"),
+        (
+            ["export", "run", "to", "--shard-gb", "inf"],
+            f"--shard-gb: inf is out of range, expected at most {2**63 - 1}",
+        ),
         (["generate", "run", "--tokens", "x"], "--tokens: invalid int value: 'x'; pithtrain generate --help"),
-        (["schedule", "--hidden", "2"], "--hidden: 2 is out of range, expected from 0 to 1; pithtrain schedule --help"),
+        (["schedule", "--hidden", "2"], "--hidden: 2 is out of range, expected at most 1; pithtrain schedule --help"),
         (["bench", "moe", "extra"], "extra: unexpected; pithtrain bench moe --help"),
     ],
 )
