@@ -68,7 +68,7 @@ class RunConfig:
     seed: int = knob(0, "seed of the weights and of the order of the data", low=0)
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "auto takes CUDA where there is a GPU", free=True)
     precision: Literal["auto", "float32", "bfloat16"] = knob("auto", "dtype of the compute; auto: bfloat16 on CUDA")
-    threads: int = knob(0, "CPU threads; 0 leaves the choice to torch", low=0, free=True)
+    threads: int = knob(0, "CPU threads; 0 leaves the choice to torch", low=0, high=1024, free=True)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class OptimizerConfig:
     final: float = knob(0.0, "learning rate at the end, as a fraction of the peak", low=0.0, high=1.0)
     beta1: float = knob(0.9, "decay of the gradient's running mean", low=0.0, high=0.9999)
     beta2: float = knob(0.95, "decay of the squared gradient's running mean", low=0.0, high=0.99999)
-    eps: float = knob(1e-8, "added to the denominator of the update", low=0.0)
+    eps: float = knob(1e-8, "added to the denominator of the update", low=1e-30)
     weight_decay: float = knob(0.1, "decoupled weight decay, on matrices only", low=0.0)
     clip: float = knob(1.0, "largest global gradient norm; 0 leaves gradients alone", low=0.0)
 
@@ -318,6 +318,8 @@ class Config:
             found += [f"optimizer.warmup: {warmup} steps are more than train.steps, {train.steps}"]
         if self.run.name in ("", ".", "..") or "/" in self.run.name:
             found += [f"run.name: {self.run.name!r} is not a folder's name"]
+        if Path(self.data.folder).name in ("", ".."):
+            found += [f"data.folder: {self.data.folder!r} is not a folder of its own; name one, for example data/mine"]
         return found
 
 
@@ -342,9 +344,11 @@ def check_value(where: str, spec: dataclasses.Field, value: Any) -> Any:
             raise UserError(f"{where}: {value!r} is not one of {', '.join(map(repr, get_args(spec.type)))}")
         return value
     if spec.type is float and type(value) is int:
-        value = float(value)
+        value = float(value) if value.bit_length() < 1024 else math.inf
     if type(value) is not spec.type:
         raise UserError(f"{where}: {value!r} is of type {type(value).__name__}, expected {spec.type.__name__}")
+    if spec.type is str and ("\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value)):
+        raise UserError(f"{where}: {value!r} is not UTF-8 text without zeros")
     low, high = spec.metadata["low"], spec.metadata["high"]
     beyond = (spec.type is float and not math.isfinite(value)) or (spec.type is int and value >= 2**63)
     if beyond or (low is not None and value < low) or (high is not None and value > high):
@@ -445,7 +449,8 @@ def load_config(path: Path, overrides: list[tuple[str, str]] = ()) -> Config:
         raise UserError(f"{path}: is a folder; expected a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
-    options = {}
+    options, sections = {}, {section.name: section.default_factory for section in dataclasses.fields(Config)}
+    kinds = {f"{name}.{spec.name}": spec.type for name, kind in sections.items() for spec in dataclasses.fields(kind)}
     for key, text in overrides:
         section, dot, name = key.partition(".")
         if not dot:
@@ -453,7 +458,8 @@ def load_config(path: Path, overrides: list[tuple[str, str]] = ()) -> Config:
         options |= {key: f"--{key}", f"[{section}]": f"--{key}"}
         table = tables.setdefault(section, {})
         if isinstance(table, dict):
-            table[name] = parse_override(text)
+            value = parse_override(text)
+            table[name] = value if kinds.get(key) is not str or isinstance(value, str) else text
     return config_from_tables(tables, str(path), options)
 
 

@@ -233,10 +233,11 @@ class Route(torch.autograd.Function):
         load = torch.zeros(E, dtype=torch.int32, device=hidden.device)
         exact = torch.float32 in (hidden.dtype, router_weight.dtype)
         rows = 16 if small or exact or width > 256 else 64
+        inner = 16 if small or exact or width > 1024 else 32 if width > 512 else 64  # what shared memory holds
         route_kernel[(triton.cdiv(T, rows),)](
             hidden, router_weight, bias, weights, expert_ids, probs, load, T, scale,
             H, E, top_k, width, triton.next_power_of_2(top_k),
-            bias is not None, renormalise, sigmoid, rows, 16 if small or exact else 64, num_warps=4,
+            bias is not None, renormalise, sigmoid, rows, inner, num_warps=4, num_stages=1 if width > 1024 else 3,
         )  # fmt: skip
         ctx.save_for_backward(hidden, router_weight, expert_ids, probs)
         ctx.mark_non_differentiable(expert_ids, load)
@@ -284,6 +285,8 @@ def triton_route(
     if bias is not None:
         want("bias", bias, (E,), (torch.float32,), device)
         bias = bias.contiguous()
+    if E > 2048:
+        raise ValueError(f"router_weight has {E} rows; this kernel takes at most 2048 experts")
     if not 1 <= top_k <= E:
         raise ValueError(f"top_k is {top_k}; want 1 to {E}, the number of experts")
     return Routed(

@@ -45,11 +45,10 @@ def reference_row_losses(logits: Tensor, targets: Tensor, gradient: bool) -> Ten
     """`row_losses` in plain PyTorch, at least in fp32."""
     counted = targets != -100
     own = targets.where(counted, 0).unsqueeze(1)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    log_total = wide.logsumexp(1, keepdim=True)
-    losses = (log_total - wide.gather(1, own)).squeeze(1).where(counted, 0)
+    logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+    losses = -logs.gather(1, own).squeeze(1).where(counted, 0)
     if gradient:
-        probs = wide.sub_(log_total).exp_()
+        probs = logs.exp_()
         probs.scatter_add_(1, own, probs.new_full(own.shape, -1.0))
         logits.copy_(probs.mul_(counted.unsqueeze(1)))
     return losses
@@ -91,6 +90,8 @@ def cross_entropy_kernel(logit_ptr, target_ptr, loss_ptr, V, GRADIENT: tl.conste
     counts = target != -100
     known = (target >= 0) & (target < V)
     target = target.to(tl.int32)
+    # Before the loop, whose reductions all warps wait for: behind it another warp may have overwritten this logit.
+    own = tl.load(logit_ptr + target, mask=known, other=float("nan")).to(tl.float32)
     top = float("-inf")
     total = 0.0
     for start in range(0, V, BV):
@@ -100,7 +101,6 @@ def cross_entropy_kernel(logit_ptr, target_ptr, loss_ptr, V, GRADIENT: tl.conste
         base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing yet but minus infinity
         total = total * tl.exp(top - base) + tl.sum(tl.exp(x - base), 0)
         top = higher
-    own = tl.load(logit_ptr + target, mask=known, other=float("nan")).to(tl.float32)
     tl.store(loss_ptr + row, tl.where(counts, tl.log(total) + (top - own), 0.0))
     if GRADIENT:
         scale = tl.where(counts, 1.0 / total, 0.0)

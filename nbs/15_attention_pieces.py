@@ -237,7 +237,8 @@ fig
 #| export
 def grouped(x: Tensor, kv_heads: int) -> Tensor:
     """(B, heads, S, D) to (B, kv_heads, group * S, D), at least fp32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)).reshape(x.shape[0], kv_heads, -1, x.shape[-1])
+    rows = x.shape[1] // kv_heads * x.shape[2]
+    return x.to(torch.promote_types(x.dtype, torch.float32)).reshape(x.shape[0], kv_heads, rows, x.shape[-1])
 
 
 # %%

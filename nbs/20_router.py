@@ -69,7 +69,7 @@ def choose_in_groups(scores: Tensor, top_k: int, groups: int, top_groups: int, b
 
     A group is a run of E / groups neighbouring experts, as good as the sum of its `best` highest scores."""
     grouped = scores.unflatten(1, (groups, -1))
-    value = grouped.topk(best, dim=-1).values.sum(dim=-1)
+    value = grouped.topk(min(best, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
     closed = torch.ones_like(value, dtype=torch.bool).scatter(1, value.topk(top_groups).indices, False)
     return grouped.masked_fill(closed.unsqueeze(-1), -torch.inf).flatten(1).topk(top_k).indices
 

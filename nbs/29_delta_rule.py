@@ -170,7 +170,9 @@ def gated_delta_rule(
     log_g = log_a.cumsum(dim=-1)
     distance = step[:, None] - step
     hidden = (distance < 0) | (distance > age.unsqueeze(-1))
-    gamma = (log_g.unsqueeze(-1) - log_g.unsqueeze(-2)).masked_fill(hidden, -torch.inf).exp()
+    # Each stretch is summed alone: a difference of two long sums loses digits behind a token that forgets much.
+    between = log_a.unsqueeze(-1).expand(*log_a.shape, chunk).tril(-1).cumsum(dim=-2)
+    gamma = between.masked_fill(hidden, -torch.inf).exp()
     g = (log_g.exp() * (age > step)).unsqueeze(-1)  # zero for tokens whose document began in this chunk
 
     system = b.unsqueeze(-1) * gamma * (k @ k.mT)  # the solve reads it below the diagonal only

@@ -104,6 +104,8 @@ def describe(error: BaseException) -> tuple[int, str]:
         return 2, str(error)[:2000]
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
+    if isinstance(error, OSError) and error.filename is not None:
+        return 2, f"{error.filename}: {error.strerror}; mend that and run the same command"
     return 1, traceback.format_exception_only(error)[-1].splitlines()[0][:300]
 
 

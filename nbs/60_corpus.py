@@ -29,6 +29,7 @@
 # %%
 #| export
 import hashlib
+import os
 import platform
 import sysconfig
 from collections.abc import Iterable
@@ -189,12 +190,24 @@ def find_corpus(folder: Path | str | None, pattern: str, held_out: float) -> Cor
     """The documents below `folder`, at any depth, that match the glob `pattern` ("*.txt", "docs/*.md").
 
     With no folder: the Python standard library's own source. Files and folders whose name starts with a dot,
-    and `__pycache__`, are passed over. `held_out` is the fraction of files held out, between 0 and 1.
-    Raises UserError for a folder that is missing, has no matching text, or leaves one of the splits empty."""
+    `__pycache__`, and folders of runs and of token shards are passed over. `held_out` is the fraction of files held
+    out, between 0 and 1. Raises UserError for a folder that is missing, cannot be read, has no matching text, or
+    leaves one of the splits empty."""
     root = Path(folder or sysconfig.get_paths()["stdlib"])
     if not root.is_dir():
         problem = "is not a folder" if root.exists() else "no such folder"
         raise UserError(f"{root}: {problem}: set data.corpus to a folder of text files")
+
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"{error.filename}: cannot be read ({error.strerror}): make it readable or choose another corpus"
+        )
+
+    ours = set()  # folders of runs and of token shards: what pithtrain wrote is not read again
+    for path, folders, files in os.walk(root, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
+        if "tokenizer.json" in files and not {"config.toml", "manifest.json"}.isdisjoint(files):
+            ours.add(Path(path))
     try:
         names = sorted(path.relative_to(root).as_posix() for path in root.rglob(pattern) if path.is_file())
     except (ValueError, NotImplementedError, IndexError):
@@ -203,6 +216,8 @@ def find_corpus(folder: Path | str | None, pattern: str, held_out: float) -> Cor
     for name in names:
         hidden = any(part.startswith(".") or part == "__pycache__" for part in name.split("/"))
         if hidden or (not folder and not in_standard_library_corpus(name)):
+            continue
+        if not ours.isdisjoint((root / name).parents):
             continue
         data = read_bytes(root / name)
         if not data:

@@ -87,6 +87,8 @@ assert abs(sum(probability(1, token) for token in range(5)) - 1) < 1e-12
 #| export
 import numpy as np
 
+from pithtrain.train.shards import Tokens
+
 
 # %%
 #| export
@@ -174,9 +176,13 @@ assert np.allclose(fast.reshape(vocab_size, vocab_size).sum(axis=1), 1)
 
 # %%
 #| export
-def nats_per_token(model: Unigram | Bigram, tokens: np.ndarray) -> float:
+def nats_per_token(model: Unigram | Bigram, tokens: np.ndarray | Tokens) -> float:
     """Mean of -ln p over tokens[1:], each given the token before it: the targets of `HeldOutBatches`."""
-    return float(-np.log(model.probability(tokens[:-1], tokens[1:])).mean())
+    total, targets = 0.0, len(tokens) - 1
+    for start in range(0, targets, 2**20):  # a part at a time: they need not fit into memory
+        part = tokens.take(np.arange(start, min(start + 2**20, targets) + 1))
+        total -= np.log(model.probability(part[:-1], part[1:])).sum()
+    return float(total / targets)
 
 
 # %%
@@ -185,7 +191,7 @@ print(f"{nats_per_token(bigram, train):.3f} nats per token on the bigram's own t
 
 # %%
 #| export
-def score_baselines(train: np.ndarray, held_out: np.ndarray, vocab_size: int) -> dict[str, float]:
+def score_baselines(train: np.ndarray, held_out: np.ndarray | Tokens, vocab_size: int) -> dict[str, float]:
     """What both models, fitted on the training tokens, score on the held-out ones, in nats per token."""
     models = {"bigram": Bigram(train, vocab_size), "unigram": Unigram(train, vocab_size)}
     return {name: nats_per_token(model, held_out) for name, model in models.items()}

@@ -165,6 +165,8 @@ def read_checkpoint(path: Path, state: dict[str, Tensor]) -> None:
 
     Raises UserError where the checkpoint is damaged or holds other tensors than these."""
     try:
+        if not (path / ".metadata").is_file():
+            raise FileNotFoundError("its .metadata is missing")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
             dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
@@ -174,6 +176,10 @@ def read_checkpoint(path: Path, state: dict[str, Tensor]) -> None:
             cause = next(iter(error.failures.values()))[0]
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         cure = "delete this folder to go on from the checkpoint before it"
+        if isinstance(cause, PermissionError):
+            cure = "make it readable"
+        elif "ize mismatch" in reason or "Missing key" in reason:
+            cure = "it is of another model than config.toml describes; restore that file"
         raise UserError(f"{path}: cannot be read ({reason}); {cure}") from None
 
 

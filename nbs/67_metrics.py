@@ -14,6 +14,7 @@
 #| export
 import json
 import os
+from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,29 +26,31 @@ from pithtrain.config import Config, LogConfig, UserError
 # ## The file
 #
 # A run that is resumed from step 100 repeats steps 101, 102, ... that were logged but not saved. Their
-# lines are dropped, so that each step stands in the file once.
+# lines are dropped, so that each step stands in the file once. A step of a large model takes tens of kilobytes (the
+# load of each expert), so the file is never held in memory as a whole.
 
 
 # %%
 #| export
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics file, in order; a last line that a crash cut off is left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a metrics file, in order, one at a time; a last line that a crash cut off is left out."""
+    if not path.exists():
+        return
+    with path.open() as lines:
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
 
 
 # %%
 #| export
 def cut_metrics(path: Path, last_step: int) -> None:
     """Drop what was logged after `last_step`."""
-    kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= last_step]
     beside = path.with_suffix(".partial")
-    beside.write_text("".join(kept))
+    with beside.open("w") as kept:
+        kept.writelines(json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= last_step)
     os.replace(beside, path)
 
 
@@ -57,7 +60,7 @@ import tempfile
 scratch = tempfile.TemporaryDirectory()
 path = Path(scratch.name) / "metrics.jsonl"
 path.write_text('{"step": 1, "loss": 8.3}\n{"step": 2, "loss": 8.1}\n{"step": 3, "lo')
-print(read_metrics(path))
+print(list(read_metrics(path)))
 cut_metrics(path, last_step=1)
 print(path.read_text())
 
@@ -112,6 +115,10 @@ class Metrics:
                 self.tensorboard.add_scalar(key, value, record["step"])
         if self.wandb:
             self.wandb.log(numbers, step=record["step"])
+
+    def sync(self) -> None:
+        """Push what was logged to the disk: no checkpoint should be newer than the file."""
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Flush and close everything."""

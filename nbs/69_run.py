@@ -23,9 +23,12 @@
 
 # %%
 #| export
+import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,13 +64,15 @@ def check_run_folder(config: Config) -> None:
         if not folder.is_dir() or any(folder.iterdir()):
             raise UserError(f"{folder}: exists and is not a run (no config.toml); set run.name to another name")
         return
-    saved, other = checkpoint_steps(folder / "checkpoints"), load_run_config(folder)
+    if (kept := folder / "checkpoints").exists() and not (kept.is_dir() and os.access(kept, os.W_OK)):
+        raise UserError(f"{kept}: is no folder that can be written; mend that, or set run.name to another name")
+    saved, other = checkpoint_steps(kept), load_run_config(folder)
     changed = differences(config, other)
     if saved[-1:] == [0]:  # imported and not trained yet: only the model is settled
         changed = [line for line in changed if line.startswith("model.")]
     others = [line for line in changed if not line.startswith("train.steps:")]
     fit = [step for step in saved if others != changed and end_is_open(config, other, step)]
-    if fit and fit[-1] == saved[-1]:
+    if not saved or (fit and fit[-1] == saved[-1]):
         changed = others
     if changed:
         cure = "set run.name to another name"
@@ -82,18 +87,20 @@ def check_run_folder(config: Config) -> None:
 
 # %%
 #| export
-def create_run_folder(config: Config, tokenizer: Path) -> None:
-    """Make the run's folder, whole or not at all, with the config and a copy of the tokenizer in it.
+def create_run_folder(config: Config, tokenizer: Path, fingerprint: str) -> None:
+    """Make the run's folder, whole or not at all: the config, the corpus's fingerprint, a copy of the tokenizer.
 
-    A folder that is there gets the config anew, because free settings may have changed. Raises UserError where
+    A folder that is there gets the first two anew, because free settings may have changed. Raises UserError where
     nothing can be written."""
     partial = config.path.with_name(f".{config.run.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         (partial / "config.toml").write_text(to_toml(config))
+        (partial / "corpus.sha256").write_text(fingerprint)
         if (config.path / "config.toml").exists():
-            os.replace(partial / "config.toml", config.path / "config.toml")
+            for file in sorted(partial.iterdir()):
+                os.replace(file, config.path / file.name)
         else:
             shutil.copyfile(tokenizer, partial / "tokenizer.json")
             os.rename(partial, config.path)
@@ -101,6 +108,23 @@ def create_run_folder(config: Config, tokenizer: Path) -> None:
         raise UserError(f"{config.path}: cannot be written ({error.strerror}); mend that or set run.folder") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+# %%
+#| export
+@contextmanager
+def hold_run_folder(folder: Path) -> Iterator[None]:
+    """Keep other processes from training the run in `folder`. Raises UserError where one is at it."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            cure = "wait for it, or set run.name to another name"
+            raise UserError(f"{folder}: another process is training this run; {cure}") from None
+        yield
+    finally:
+        os.close(lock)
 
 
 # %%
@@ -116,7 +140,7 @@ save_tokenizer(train_tokenizer(["def run(): return 1\n"] * 100, vocab_size=270),
 small = Qwen3MoeConfig(hidden=32, heads=4, head_dim=8, experts=4, expert_hidden=16, vocab_size=270, layers=1)
 config = Config(run=RunConfig(name="demo", folder=scratch.name), model=small)
 check_run_folder(config)
-create_run_folder(config, tokenizer_path)
+create_run_folder(config, tokenizer_path, "0123")
 check_run_folder(config)  # the same config: its own folder
 for steps in (1000, 160):
     longer = replace(config, train=TrainConfig(steps=steps))
@@ -158,7 +182,10 @@ class Run(NamedTuple):
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text alone."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise UserError(f"{text[:40]!r}: is not UTF-8 text") from None
 
     def opened(self, tokens: list[int]) -> list[int]:
         """`tokens` behind what stands before every text; at least one token, end-of-text where there is no other."""
@@ -192,10 +219,14 @@ def open_run(folder: Path) -> Run:
     steps = checkpoint_steps(folder / "checkpoints")
     if not steps:
         raise UserError(f"{folder}: has no checkpoint yet; train it first")
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    if (tokens := tokenizer.get_vocab_size()) > config.model.vocab_size:
+        problem = f"has {tokens} tokens, and the model {config.model.vocab_size}"
+        raise UserError(f"{folder / 'tokenizer.json'}: {problem}; copy the run's own there")
     model = build(config.model)
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     read_checkpoint(checkpoint_path(folder / "checkpoints", steps[-1]), weights)
-    return Run(config, load_tokenizer(folder / "tokenizer.json"), model, steps[-1], published_settings(folder))
+    return Run(config, tokenizer, model, steps[-1], published_settings(folder))
 
 
 # %%

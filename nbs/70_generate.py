@@ -28,7 +28,11 @@ from pithtrain.train.run import Run
 # %%
 #| export
 def pick(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """One token drawn from `logits` (V,); the likeliest below temperature 1e-6; `top_k` of 0 keeps all."""
+    """One token drawn from `logits` (V,); the likeliest below temperature 1e-6; `top_k` of 0 keeps all.
+
+    Raises UserError for logits that are no numbers."""
+    if not logits.isfinite().all():
+        raise UserError("the model's scores are no finite numbers: its training diverged")
     if temperature < 1e-6:
         return int(logits.argmax())
     if 0 < top_k < len(logits):

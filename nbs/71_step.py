@@ -38,7 +38,7 @@ from pithtrain.parallel.pipeline.overlap import overlapped
 from pithtrain.parallel.pipeline.schedule import split_layers
 from pithtrain.parallel.ring import Ring, zigzag
 from pithtrain.parallel.sharding import ShardedStage, clip_gradients, drop_gathered
-from pithtrain.parallel.sharding import in_global_order, shard_decoder, shard_layer
+from pithtrain.parallel.sharding import in_global_order, on_this_rank, shard_decoder, shard_layer
 from pithtrain.train.batches import IGNORE, Batches, HeldOutBatches
 from pithtrain.train.optimizer import make_optimizer
 
@@ -321,6 +321,13 @@ class Learner:
         for part in self.parts.values():
             state |= {f"model.{name}": buffer for name, buffer in part.named_buffers()}
         return state
+
+    def finite(self) -> bool:
+        """Whether all weights, of all ranks, are finite numbers."""
+        broken = sum((~on_this_rank(parameter).isfinite()).any().int() for _, parameter in self.named_parameters())
+        if self.mesh.world_size > 1:
+            dist.all_reduce(broken)
+        return not broken
 
     def resume(self, step: int) -> None:
         """After `state` was filled with that behind `step`."""

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -36,7 +37,7 @@ from pithtrain.train.figures import save_figures
 from pithtrain.train.generate import generate
 from pithtrain.train.metrics import Metrics, check_loggers, read_metrics
 from pithtrain.train.optimizer import learning_rate
-from pithtrain.train.run import Run, check_run_folder, create_run_folder
+from pithtrain.train.run import Run, check_run_folder, create_run_folder, hold_run_folder
 from pithtrain.train.shards import Shards, prepare
 from pithtrain.train.step import Learner, StepResult, check_memory, memory_error, read_microbatches
 
@@ -50,9 +51,11 @@ from pithtrain.train.step import Learner, StepResult, check_memory, memory_error
 # %%
 #| export
 def choose_compute(run: RunConfig) -> tuple[torch.device, torch.dtype]:
-    """The device of a run and the dtype of its activations, `auto` resolved.
+    """The device of a run and the dtype of its activations, `auto` resolved; sets the number of threads.
 
     Raises UserError for a CUDA device that is not there."""
+    if run.threads:
+        torch.set_num_threads(run.threads)
     cuda = torch.cuda.is_available()
     if run.device == "cuda" and not cuda:
         raise UserError("run.device: 'cuda' was asked for, but torch sees no CUDA GPU; use 'auto' or 'cpu'")
@@ -120,8 +123,6 @@ def train(config: Config, launch: Launch = Launch(), store: dist.Store | None = 
     Every rank of a job calls this with its own `launch` and the job's `store`. Returns the step that it ended at,
     which is not the last where it was interrupted. Raises UserError for anything about the config, the data or the
     machine that the user can mend."""
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
     device, dtype = choose_compute(config.run)
     check_axes(config, fit_axes(config.mesh, launch.world_size))
     check_memory(config, launch.world_size, device)
@@ -150,11 +151,15 @@ def train(config: Config, launch: Launch = Launch(), store: dist.Store | None = 
 def open_data(config: Config, report: Callable[[str], None] = lambda line: None) -> Shards:
     """The run's shards, made if they are not there; refuses a run folder that is another run's first."""
     check_run_folder(config)
-    own = config.path / "tokenizer.json"
-    if config.path.exists() and not own.is_file():
+    own, trained_on = config.path / "tokenizer.json", config.path / "corpus.sha256"
+    if (config.path / "config.toml").is_file() and not own.is_file():
         raise UserError(f"{own}: no such file, and another tokenizer would not suit the run; copy its own there")
     shards = prepare(config.data, config.model.vocab_size, own if own.is_file() else None, report)
     found = shards.manifest
+    known = trained_on.read_text() if trained_on.is_file() else found.fingerprint
+    if known != found.fingerprint and any(checkpoint_steps(config.path / "checkpoints")):
+        problem = f"was trained on other text than {found.corpus} holds now"
+        raise UserError(f"{config.path}: {problem}; restore that, or set run.name to another name")
     train = f"{found.train.documents} files to train on, {found.train.tokens:,} tokens"
     skipped = f"{found.empty} empty and {found.undecodable} undecodable skipped"
     report(f"{found.corpus}: {train}; {found.held_out.documents} held out; {skipped}")
@@ -183,27 +188,27 @@ def run_steps(config: Config, mesh: Mesh, dtype: torch.dtype, shards: Shards, ba
     rows = config.train.micro_batch_size * mesh.axes.batch_ranks
     held_out = HeldOutBatches(shards.held_out, config.train.sequence_length, rows)
     if first_rank:
-        create_run_folder(config, shards.folder / "tokenizer.json")
+        create_run_folder(config, shards.folder / "tokenizer.json", shards.manifest.fingerprint)
         print(describe_run(config, mesh, dtype, first))
     tokens = config.train.batch_size * config.train.sequence_length
-    metrics = Metrics(config, first) if first_rank else None
     silent = not first_rank or first == steps
     bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=silent)
-    with StopRequest(first_rank) as stop, bar:
+    with hold_run_folder(folder) if first_rank else nullcontext(), StopRequest(first_rank) as stop, bar:
+        metrics = Metrics(config, first) if first_rank else None
         for step in range(first + 1, steps + 1):
             start = time.perf_counter()
             own = read_microbatches(batches, step - 1, config.train.micro_batch_size, mesh)
             rate = learning_rate(step, steps, config.optimizer)
             result = learner.step(own, rate)
             seconds = time.perf_counter() - start
-            if not math.isfinite(result.loss):
-                cure = f"lower optimizer.learning_rate (now {config.optimizer.learning_rate}) or raise optimizer.warmup"
-                raise UserError(f"{folder}: the loss of step {step} is {result.loss}; {cure}, under another run.name")
+            check_finite(config, f"loss of step {step}", result.loss)
+            check_finite(config, f"gradients' norm of step {step}", result.grad_norm)
             record = step_record(step, result, rate, tokens, seconds)
             every = config.train.evaluate_every
             if step == steps or (every and step % every == 0):
                 nats, count = learner.evaluate(held_out)
                 record["validation_loss"] = nats / count
+                check_finite(config, f"held-out loss behind step {step}", nats / count)
             if metrics:
                 metrics.log(record)
             bar.set_postfix_str(f"loss {result.loss:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
@@ -212,6 +217,9 @@ def run_steps(config: Config, mesh: Mesh, dtype: torch.dtype, shards: Shards, ba
             if mesh.world_size > 1:
                 dist.all_reduce(last)
             if last or (config.train.checkpoint_every and step % config.train.checkpoint_every == 0):
+                check_finite(config, f"sum of the weights behind step {step}", 0.0 if learner.finite() else math.nan)
+                if metrics:
+                    metrics.sync()
                 state = learner.state() | {"step": torch.tensor(step)}
                 save_checkpoint(folder / "checkpoints", step, state, config.train.keep)
             if last:
@@ -221,6 +229,15 @@ def run_steps(config: Config, mesh: Mesh, dtype: torch.dtype, shards: Shards, ba
         if step == steps:
             print(report(config, shards, learner.parts[0] if mesh.world_size == 1 else None))
     return step
+
+
+# %%
+#| export
+def check_finite(config: Config, what: str, value: float) -> None:
+    """Refuse to go on with a run that diverged, before worse weights replace its checkpoints."""
+    if not math.isfinite(value):
+        cure = f"lower optimizer.learning_rate (now {config.optimizer.learning_rate}) or raise optimizer.warmup"
+        raise UserError(f"{config.path}: the {what} is {value}; {cure}, under another run.name")
 
 
 # %%
@@ -277,18 +294,24 @@ def report(config: Config, shards: Shards, model: Decoder | None) -> str:
     """Write results.json, sample.txt and the figures of a finished run; return the table to print.
 
     Without the whole model on this rank there is no sample; `pithtrain generate` gives one."""
-    folder, records = config.path, read_metrics(config.path / "metrics.jsonl")
+    folder, file, seconds, records = config.path, config.path / "metrics.jsonl", 0.0, []
+    every = max(1, config.train.steps // 2000)  # what figures can show
+    for record in read_metrics(file):
+        seconds += record["seconds"]
+        if record["step"] % every == 0 or "validation_loss" in record:
+            records.append(record)
+    if not records or records[-1]["step"] != config.train.steps:
+        raise UserError(f"{file}: lacks the last step; pithtrain evaluate {folder} tells the loss all the same")
     last = records[-1]
     # Of a large corpus the baselines see the first 33 million tokens: their pairs are sorted, in 64 bytes a token.
-    sizes = ((shards.train, min(len(shards.train), 2**25)), (shards.held_out, len(shards.held_out)))
-    train_tokens, held_out = (split.take(np.arange(size)) for split, size in sizes)
-    baselines = score_baselines(train_tokens, held_out, config.model.vocab_size)
+    train_tokens = shards.train.take(np.arange(min(len(shards.train), 2**25)))
+    baselines = score_baselines(train_tokens, shards.held_out, config.model.vocab_size)
     table = {"this model": last["validation_loss"], **baselines}
     text_bytes = shards.manifest.held_out.bytes
-    bits = {name: bits_per_byte(loss, len(held_out) - 1, text_bytes) for name, loss in table.items()}
+    bits = {name: bits_per_byte(loss, len(shards.held_out) - 1, text_bytes) for name, loss in table.items()}
     results = {
         "step": last["step"], "tokens": last["tokens"], "nats_per_token": table, "bits_per_byte": bits,
-        "training_seconds": sum(record["seconds"] for record in records), "torch": torch.__version__,
+        "training_seconds": seconds, "torch": torch.__version__,
     }  # fmt: skip
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     figures = save_figures(folder, records, baselines)

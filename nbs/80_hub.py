@@ -40,6 +40,7 @@ from pithtrain.config import Config, UserError, config_from_tables, load_run_con
 from pithtrain.models.build import build
 from pithtrain.published import SPLIT_EXPERTS, Published, View, published_of, settings_from, table_from, views
 from pithtrain.train.checkpoint import checkpoint_path, checkpoint_steps, disk_full, read_checkpoint
+from pithtrain.train.run import published_settings
 from pithtrain.train.tokenizer import END_OF_TEXT
 
 # %% [markdown]
@@ -180,6 +181,8 @@ def read_config(folder: Path, run: Path) -> tuple[Published, Config, dict[str, A
     path = folder / "config.json"
     try:
         table = json.loads(path.read_text())
+        quantised = {**(table.get("quantization_config") or {})}
+        rows, columns = quantised.get("weight_block_size") or (128, 128)
         found, settings = settings_from(table)
         positions = (table | table.get("text_config", {})).get("max_position_embeddings", 4096)
         tables = {"run": {"name": run.name, "folder": str(run.parent)}, "data": {"folder": f"data/{run.name}"},
@@ -190,7 +193,7 @@ def read_config(folder: Path, run: Path) -> tuple[Published, Config, dict[str, A
         raise UserError(f"{path}: no such file; expected the folder of a published model") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not the settings of a model ({type(error).__name__}: {error})") from None
-    return found, config_from_tables(tables, str(path)), table.get("quantization_config") or {}
+    return found, config_from_tables(tables, str(path)), quantised | {"weight_block_size": (rows, columns)}
 
 
 # %%
@@ -295,7 +298,7 @@ def import_model(source: Path, run: Path, report: Callable[[str], None] = print)
     Raises UserError, before anything is written, for a folder that is not exactly the model it says it is."""
     refuse_taken(run)  # at once, and not when all is read
     found, config, quantised = read_config(source, run)
-    stored = stored_tensors(source, tuple(quantised.get("weight_block_size") or (128, 128)))
+    stored = stored_tensors(source, quantised["weight_block_size"])
     with torch.device("meta"):
         shapes = build(config.model).state_dict()
     apart = "model.layers.0.mlp.experts.0.down_proj.weight" in stored  # of a family that mostly stacks them
@@ -338,6 +341,8 @@ def import_model(source: Path, run: Path, report: Callable[[str], None] = print)
         report(f"{count} tensors were packed as {form}; they are unpacked here, and export writes them as BF16")
     if aside := len(stored) - len(expected):
         report(f"{aside} tensors that are no part of the text decoder were left out")
+    if not (run / "tokenizer.json").is_file():
+        report(f"{source}: has no tokenizer.json; put the model's into {run} before you train it or let it write")
 
 
 # %% [markdown]
@@ -467,6 +472,7 @@ def export_model(
     steps = checkpoint_steps(run / "checkpoints")
     if not steps:
         raise UserError(f"{run}: has no checkpoint yet; train it first")
+    published_settings(run)  # refuses damaged ones
     checkpoint, recorded = checkpoint_path(run / "checkpoints", steps[-1]), run / "published" / "dtypes.json"
     types = json.loads(recorded.read_text()) if recorded.exists() else {"dtype": "F32", "others": {}}
     common, others = dtype or types["dtype"], {} if dtype else types["others"]

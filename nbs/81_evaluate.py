@@ -80,7 +80,7 @@ def validate(
         loss, _ = run.model(inputs.to(device), positions, targets=targets.to(device))
         total, count = total + loss.item(), count + int((targets != IGNORE).sum())
     loss, bits = total / count, float(bits_per_byte(total / count, count, shards.manifest.held_out.bytes))
-    return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits, "tokens": count}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 709)), "bits_per_byte": bits, "tokens": count}
 
 
 # %% [markdown]
@@ -182,11 +182,13 @@ class Question(NamedTuple):
 def read_questions(path: Path) -> list[Question]:
     """The questions of a file of JSON lines. Raises UserError that names the line which is not one."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold the other ends of lines in a text
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); expected a file of JSON lines") from None
     questions = []
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             table = json.loads(line)
             question = Question(table["context"], table["choices"], table["answer"])

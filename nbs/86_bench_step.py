@@ -51,7 +51,8 @@ def transformers_twin(config: DecoderConfig, experts_implementation: str) -> nn.
     from transformers import AutoConfig, AutoModelForCausalLM
 
     table = table_from(config) | {"use_cache": False}
-    kinds = {"attn_implementation": "sdpa", "experts_implementation": experts_implementation}
+    attention = "eager" if config.family == "gpt-oss" else "sdpa"  # which has no sinks there
+    kinds = {"attn_implementation": attention, "experts_implementation": experts_implementation}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**table), **kinds)
 
 

@@ -469,6 +469,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output left, as `head` does
         sys.stderr.close()
         return 141
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"pithtrain: {error.filename}: {error.strerror}; mend that and run the same command", file=sys.stderr)
+        return 2
 
 
 # %% [markdown]

@@ -94,6 +94,24 @@ def test_a_split_without_documents(tmp_path):
     assert "none for training: lower it" in refused(tmp_path, held_out=above)
 
 
+def test_what_a_run_wrote_is_not_read_again(tmp_path):
+    folder = write(tmp_path, numbered(60))
+    before = find_corpus(folder, "*.txt", 0.2)
+    for place, beside in (("runs/demo", "config.toml"), ("data/a", "manifest.json")):
+        (folder / place).mkdir(parents=True)
+        for name in ("tokenizer.json", beside, "sample.txt"):
+            (folder / place / name).write_text("def")
+    assert find_corpus(folder, "*.txt", 0.2) == before
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    folder = write(tmp_path, numbered(60))
+    monkeypatch.setattr(
+        "os.walk", lambda root, onerror: [onerror(PermissionError(13, "Permission denied", f"{root}/sub"))]
+    )
+    assert "sub: cannot be read (Permission denied): make it readable" in refused(folder)
+
+
 def test_a_file_that_changes_meanwhile_is_an_error(tmp_path):
     corpus = find_corpus(write(tmp_path, numbered(60)), "*.txt", 0.2)
     corpus.train[0].path.write_text("another text")

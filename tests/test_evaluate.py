@@ -280,6 +280,14 @@ def test_lines_that_are_no_questions_are_named(line, tmp_path):
     assert str(caught.value).startswith(f"{path}: line 2: expected") and "\n" not in str(caught.value)
 
 
+def test_other_ends_of_lines_may_stand_in_a_text(tmp_path):
+    (tmp_path / "q.jsonl").write_text(
+        '{"context": "a\u2028b", "choices": ["\x85"], "answer": 0}\r\n\n', encoding="utf-8"
+    )
+    (question,) = read_questions(tmp_path / "q.jsonl")
+    assert question.context == "a\u2028b" and question.choices == ["\x85"]
+
+
 def test_a_file_without_questions_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         read_questions(tmp_path / "none.jsonl")

@@ -53,6 +53,8 @@ for dtype, master in ((half, half), (half, full), (full, full)):
     for sigmoid in (False, True):
         routing = triton_route(x, new(E, H, dtype=dtype), K, new(E, dtype=torch.float32), True, sigmoid)
         (routing.weights.sum() + sigmoid * routing.probs.sum()).backward()
+    for many in (256, 512, 1024, 2048):
+        triton_route(x, new(many, H, dtype=dtype), K, new(many, dtype=full)).weights.sum().backward()
     ids, weights = new(T, K, dtype=torch.int64), new(T, K, dtype=torch.float32)
     for bias in (None, new(E, 2 * I, dtype=dtype)):
         mlp.triton_expert_mlp(

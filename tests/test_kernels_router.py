@@ -103,6 +103,16 @@ def test_gradients_of_improbable_choices(sigmoid, logit):
         assert (got - true).norm() <= 5e-4 * true.norm() + 1e-12
 
 
+@pytest.mark.parametrize("experts", [600, 1100])
+def test_many_experts(experts):
+    x, r = torch.randn(9, 48, device=DEVICE), torch.randn(experts, 48, device=DEVICE) / 48**0.5
+    got, true = triton_route(x, r, 4), reference_route(x.double(), r.double(), 4)
+    assert torch.equal(got.expert_ids, true.expert_ids) and torch.equal(got.load, true.load)
+    assert error(got.weights, true.weights) < 1e-5
+    with pytest.raises(ValueError, match="router_weight has 2049 rows; this kernel takes at most 2048 experts"):
+        triton_route(x, torch.zeros(2049, 48, device=DEVICE), 4)
+
+
 def test_nan_names_only_experts_that_exist():
     got = triton_route(torch.full((5, 16), float("nan"), device=DEVICE), torch.ones(6, 16, device=DEVICE), 3)
     assert int(got.expert_ids.min()) >= 0 and int(got.expert_ids.max()) < 6

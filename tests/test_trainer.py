@@ -16,6 +16,7 @@ import torch
 from pithtrain import cli
 from pithtrain.config import UserError
 from pithtrain.train import trainer
+from pithtrain.train.run import hold_run_folder
 
 TINY = """
 [run]
@@ -99,6 +100,7 @@ def test_a_run_leaves_what_it_promises_and_repeats_exactly(command, tmp_path, ca
     assert "nats per token" in output and "unigram" in output and "bigram" in output
     folder = tmp_path / "runs/demo"
     expected = {"config.toml", "tokenizer.json", "metrics.jsonl", "results.json", "sample.txt", "checkpoints"}
+    expected |= {"corpus.sha256"}
     pictures = {"loss.png", "learning_rate.png", "expert_load.png", "entropy.png"}
     assert {path.name for path in folder.iterdir()} == expected | pictures
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-00000006", "step-00000008"]
@@ -293,6 +295,11 @@ def test_a_damaged_checkpoint_is_named(command, tmp_path, capsys):
     data = next(newest.glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:100])
     assert "step-00000008: cannot be read" in refused(capsys, command())
+    (newest / ".metadata").unlink()
+    assert cli.main(command()) == 2
+    said = capsys.readouterr().err
+    assert "step-00000008: cannot be read (its .metadata is missing); delete this folder" in said
+    assert "Traceback" not in said and said.count("\n") == 1
     shutil.rmtree(newest)
     assert cli.main(command()) == 0  # from step 6
 
@@ -347,6 +354,73 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path, capsys):
         capsys, command("--optimizer.learning_rate", "1e20", "--optimizer.clip", "0", "--train.steps", "30")
     )
     assert "lower optimizer.learning_rate" in message
+
+
+def test_weights_that_are_no_numbers_replace_no_checkpoint(command, tmp_path, capsys, monkeypatch):
+    """The loss and the norm of a step are those of the weights before it."""
+    assert cli.main(command("--train.steps", "200", "--optimizer.decay", "0.04", "--run.name", "x", "--train.keep", "1",
+                            "--optimizer.clip", "0", "--optimizer.warmup", "0", "--optimizer.learning_rate", "1e38",
+                            "--train.checkpoint_every", "1")) == 2  # fmt: skip
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "runs/x: the sum of the weights behind step" in said or "runs/x: the loss of step" in said
+    assert "lower optimizer.learning_rate (now 1e+38)" in said
+    for path in (tmp_path / "runs/x/checkpoints").glob("*"):
+        assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "runs/x").values()), path
+
+
+def test_one_process_at_a_time_trains_a_run(command, tmp_path, capsys):
+    assert cli.main(command()) == 0
+    with hold_run_folder(tmp_path / "runs/demo"):
+        assert "runs/demo: another process is training this run; wait" in refused(capsys, command())
+    assert cli.main(command()) == 0
+
+
+def test_a_run_goes_on_with_its_own_text(command, tmp_path, corpus, capsys):
+    other = shutil.copytree(corpus, tmp_path / "other")
+    assert cli.main(command("--data.corpus", str(other), "--train.keep", "3")) == 0
+    next(other.glob("*.py")).write_text("changed = 1\n")
+    shutil.rmtree(tmp_path / "runs/demo/checkpoints/step-00000008")
+    assert "(its text has changed)" in refused(capsys, command("--data.corpus", str(other)))
+    shutil.rmtree(tmp_path / "data")
+    said = refused(capsys, command("--data.corpus", str(other)))
+    assert "runs/demo: was trained on other text than" in said and "restore that" in said
+
+
+def test_files_that_the_system_refuses_are_one_line(command, tmp_path, capsys):
+    assert cli.main(command("--train.steps", "2")) == 0
+    checkpoints = tmp_path / "runs/demo/checkpoints"
+    shutil.rmtree(checkpoints)
+    checkpoints.write_text("")
+    assert "checkpoints: is no folder that can be written" in refused(capsys, command("--train.steps", "2"))
+    assert "demo.toml/x: Not a directory" in refused(capsys, ["train", str(tmp_path / "demo.toml/x")])
+    (tmp_path / "runs/empty").mkdir()
+    assert cli.main(command("--train.steps", "2", "--run.name", "empty")) == 0
+
+
+def test_a_finished_run_without_its_last_metrics_says_so(command, tmp_path, capsys):
+    assert cli.main(command("--train.steps", "3")) == 0
+    (tmp_path / "runs/demo/metrics.jsonl").unlink()
+    assert "metrics.jsonl: lacks the last step; pithtrain evaluate" in refused(capsys, command("--train.steps", "3"))
+
+
+def test_a_run_that_was_never_saved_may_get_another_length(command, tmp_path, capsys):
+    assert cli.main(command("--train.steps", "3")) == 0
+    shutil.rmtree(tmp_path / "runs/demo/checkpoints")
+    assert cli.main(command("--train.steps", "4")) == 0
+
+
+def test_a_checkpoint_of_another_model_is_not_to_be_deleted(command, tmp_path, capsys):
+    assert cli.main(command("--train.steps", "2")) == 0
+    file = tmp_path / "runs/demo/config.toml"
+    file.write_text(file.read_text().replace("hidden = 32", "hidden = 64"))
+    said = refused(capsys, ["generate", str(tmp_path / "runs/demo")])
+    assert "it is of another model than config.toml describes; restore that file" in said and "delete" not in said
+
+
+@pytest.mark.parametrize("name", ["2024-05-01", "7", "true"])
+def test_a_name_that_looks_like_something_else_is_a_name(command, tmp_path, name):
+    assert cli.main(command("--train.steps", "2", "--run.name", name)) == 0
+    assert (tmp_path / "runs" / name / "results.json").is_file()
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
