@@ -113,7 +113,9 @@ class TrainConfig:
     steps: int = knob(200, "optimiser steps; may change until the learning rate falls", low=1)
     sequence_length: int = knob(256, "tokens of a sequence", low=1)
     batch_size: int = knob(16, "sequences of an optimiser step", low=1)
-    micro_batch_size: int = knob(16, "sequences of one forward and backward pass of a rank", low=1, free=True)
+    micro_batch_size: int = knob(
+        16, "sequences of one pass of a rank, over which balance losses are counted", low=1, free=True
+    )
     recompute: Literal["none", "attention", "experts", "layer"] = knob("none", "made again in the backward", free=True)
     checkpoint_every: int = knob(100, "steps between checkpoints; 0 saves only at the end", low=0, free=True)
     keep: int = knob(2, "checkpoints kept, the newest", low=1, free=True)

@@ -61,7 +61,7 @@ def compare(config, theirs, ours, theirs_of, batch, sequence, limit=1e-5, zero_g
     logits = output.logits
     hidden, routing = ours(inputs, torch.arange(sequence))
     difference = ((ours.logits(hidden) - logits).abs().max() / logits.abs().max()).item()
-    assert difference < limit
+    assert difference < limit, f"logits differ by {difference:.1e}"
     assert len(routing) == len(output.router_logits) == config.layers
     for routed, scores in zip(routing, output.router_logits, strict=True):
         assert torch.equal(routed.expert_ids, scores.topk(config.top_k).indices)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pithtrain.bench import SHAPES, bench_moe, entrants, make_problem, shape_for, shape_named, skewed_ids, table
+from pithtrain.bench_step import bench_step, by_kind, describe_bench_step
 from pithtrain.cli import main
-from pithtrain.config import UserError
+from pithtrain.config import UserError, config_from_tables
 
 TINY = shape_named("tiny")._replace(tokens=64)
 LIMIT = {"torchtitan": 2e-2}  # computes in bfloat16 everywhere
@@ -74,3 +75,21 @@ def test_a_peer_of_another_release_is_left_out(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     assert "torchtitan" not in entrants()
     monkeypatch.delitem(sys.modules, "torchtitan")
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "deepseek", "gpt-oss", "qwen3.5-moe"])
+def test_every_family_takes_its_step_beside_transformers(family):
+    pytest.importorskip("transformers")
+    model = {"family": family, "vocab_size": 300, "layers": 2, "hidden": 32, "experts": 4, "expert_hidden": 16}
+    train = {"sequence_length": 16, "batch_size": 2, "micro_batch_size": 1}
+    tables = {"run": {"device": "cpu"}, "model": {**model, "top_k": 2}, "train": train}
+    result = bench_step(config_from_tables(tables, "bench"), rounds=1)
+    losses = result["first_loss"].values()
+    assert len(losses) == 3 and max(losses) - min(losses) < 0.1 and abs(max(losses) - 5.7) < 0.3  # log(300)
+    assert sum(result["profiles"]["pithtrain"]["kinds"].values()) > 0
+    assert "pithtrain is" in describe_bench_step(result)
+
+
+def test_copies_on_the_device_are_copies():
+    kinds = by_kind({"Memcpy DtoD (Device -> Device)": 2.0, "aten::copy_": 1.0, "void nvjet_tst": 4.0, "other": 8.0})
+    assert (kinds["copies and casts"], kinds["matrix products"], kinds["everything else"]) == (3.0, 4.0, 8.0)

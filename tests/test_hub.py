@@ -543,7 +543,8 @@ def test_the_commands(tmp_path, capsys):
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), *small]) == 0
     assert main(["import", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert "Qwen3MoeForCausalLM of step 3" in said[0] and "mostly BF16" in said[1] and len(said) == 2
+    assert "Qwen3MoeForCausalLM of step 3" in said[0] and "mostly BF16" in said[1]
+    assert "out: has no tokenizer.json; put the model's into" in said[2] and len(said) == 3
     assert {t.dtype for t in tensors_of(tmp_path / "out").values()} == {torch.bfloat16}
     assert main(["import", str(tmp_path / "out"), str(tmp_path / "back")]) == 2
     assert "back: exists; choose another name" in capsys.readouterr().err

@@ -34,7 +34,7 @@ SHAPES = {
     "all features rotated": (replace(BASE, rope_dim=8, **MILD), 2, 37),
     "half rotated, theta 1e7": (replace(BASE, rope_dim=4, rope_theta=1e7, **MILD), 2, 37),
     "one value head for each key": (replace(BASE, delta_value_heads=2), 2, 16),
-    "many value heads for each key": (replace(BASE, delta_key_heads=1, delta_value_heads=6), 2, 16),
+    "many value heads for each key": (replace(BASE, delta_key_heads=1, delta_value_heads=6, **MILD), 2, 16),
     "wide values": (replace(BASE, delta_key_dim=6, delta_value_dim=20), 2, 16),
     "wide keys": (replace(BASE, delta_key_dim=20, delta_value_dim=6), 2, 16),
     "two taps": (replace(BASE, delta_taps=2), 2, 16),
