@@ -173,10 +173,10 @@ fig
 # ## The layer
 #
 # The bias is a buffer, not a parameter: no gradient reaches it. It is saved with the model, because
-# leaving it out would route a resumed run differently. On a GPU, unless experts stand in groups, [one
-# kernel](13_router_kernel.py) does all of `route`. It gets the weight rounded to the dtype of the tokens, as all other
-# weights are, so that tensor cores multiply; a few tokens whose last two candidates are nearly tied choose differently
-# for it. Sums, and everything after them, are float32 all the same.
+# leaving it out would route a resumed run differently. On a GPU, unless experts stand in groups or are more than 2,048,
+# [one kernel](13_router_kernel.py) does all of `route`. It gets the weight rounded to the dtype of the tokens, as all
+# other weights are, so that tensor cores multiply; a few tokens whose last two candidates are nearly tied choose
+# differently for it. Sums, and everything after them, are float32 all the same.
 
 
 # %%
@@ -197,7 +197,7 @@ class Router(nn.Module):
     def forward(self, tokens: Tensor) -> Routed:
         """Route `tokens` (T, hidden)."""
         scoring = self.renormalise, self.sigmoid, self.scale
-        if self.groups > 1 or not kernels_serve(tokens):
+        if self.groups > 1 or len(self.weight) > 2048 or not kernels_serve(tokens):  # beyond, the kernel has no room
             return route(tokens, self.weight, self.bias, self.top_k, *scoring, self.groups, self.top_groups)
         found = triton_route(tokens, self.weight.to(tokens.dtype), self.top_k, self.bias, *scoring)
         return found._replace(probs=shares(found.probs)) if self.sigmoid else found

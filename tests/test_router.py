@@ -212,6 +212,13 @@ def test_the_kernel_routes_as_the_layer_does_without_it(sigmoid, renormalise, mo
         torch.testing.assert_close(a, b)
 
 
+def test_more_experts_than_the_kernel_takes_are_routed_without_it(monkeypatch):
+    monkeypatch.setattr(router, "kernels_serve", lambda tokens: True)
+    layer = Router(8, 2049, 2, renormalise=True)
+    torch.nn.init.normal_(layer.weight)
+    assert layer(torch.randn(5, 8)).load.sum() == 10
+
+
 def test_chosen_probabilities_that_underflow_weigh_nothing():
     tokens, weight = torch.ones(3, 1), torch.tensor([[0.0], [-200.0], [-200.0], [0.0]])
     bias = torch.tensor([0.0, 2.0, 2.0, 0.0])
