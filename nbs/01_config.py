@@ -36,6 +36,15 @@ class UserError(Exception):
     """A mistake in a user's input: one line that says what is wrong, where, and what would be right."""
 
 
+# What the system says of files that a user can mend. That a file of ours is missing is not one of them.
+REFUSALS = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+
+
+def describe_refusal(error: OSError) -> str:
+    """One line about a file that the system refuses, one of `REFUSALS`."""
+    return f"{error.filename2 or error.filename}: {error.strerror}; mend that and run the same command"
+
+
 # %% [markdown]
 # ## Fields
 #
@@ -101,7 +110,7 @@ class OptimizerConfig:
     final: float = knob(0.0, "learning rate at the end, as a fraction of the peak", low=0.0, high=1.0)
     beta1: float = knob(0.9, "decay of the gradient's running mean", low=0.0, high=0.9999)
     beta2: float = knob(0.95, "decay of the squared gradient's running mean", low=0.0, high=0.99999)
-    eps: float = knob(1e-8, "added to the denominator of the update", low=1e-30)
+    eps: float = knob(1e-8, "added to the denominator of the update", low=0.0)
     weight_decay: float = knob(0.1, "decoupled weight decay, on matrices only", low=0.0)
     clip: float = knob(1.0, "largest global gradient norm; 0 leaves gradients alone", low=0.0)
 
@@ -320,8 +329,6 @@ class Config:
             found += [f"optimizer.warmup: {warmup} steps are more than train.steps, {train.steps}"]
         if self.run.name in ("", ".", "..") or "/" in self.run.name:
             found += [f"run.name: {self.run.name!r} is not a folder's name"]
-        if Path(self.data.folder).name in ("", ".."):
-            found += [f"data.folder: {self.data.folder!r} is not a folder of its own; name one, for example data/mine"]
         return found
 
 
@@ -354,7 +361,9 @@ def check_value(where: str, spec: dataclasses.Field, value: Any) -> Any:
     low, high = spec.metadata["low"], spec.metadata["high"]
     beyond = (spec.type is float and not math.isfinite(value)) or (spec.type is int and value >= 2**63)
     if beyond or (low is not None and value < low) or (high is not None and value > high):
-        span = f"between {low} and {high}" if high is not None else "below 2**63" if beyond else f"at least {low}"
+        span = f"between {low} and {high}" if high is not None else f"at least {low}"
+        if beyond and high is None:
+            span = "below 2**63" if spec.type is int else "a finite number"
         raise UserError(f"{where}: {value} is out of range, expected {span}")
     return value
 

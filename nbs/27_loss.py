@@ -65,10 +65,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             total += row_losses(logits, targets[piece], training).sum()
             if training:
                 torch.mm(logits, matrix, out=grad_hidden[piece])
-                if hidden.is_cuda and hidden.dtype in (
-                    torch.bfloat16,
-                    torch.float16,
-                ):  # added in fp32 as it is multiplied
+                if hidden.is_cuda and hidden.element_size() == 2:  # added in fp32 as it is multiplied
                     torch.addmm(grad_weight, logits.t(), hidden[piece], out_dtype=torch.float32, out=grad_weight)
                 else:
                     grad_weight += logits.t() @ hidden[piece]

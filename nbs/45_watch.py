@@ -46,7 +46,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from pithtrain.config import UserError
+from pithtrain.config import REFUSALS, UserError, describe_refusal
 from pithtrain.parallel.launch import Launch
 
 # %% [markdown]
@@ -104,8 +104,8 @@ def describe(error: BaseException) -> tuple[int, str]:
         return 2, str(error)[:2000]
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
-    if isinstance(error, OSError) and error.filename is not None:
-        return 2, f"{error.filename}: {error.strerror}; mend that and run the same command"
+    if isinstance(error, REFUSALS):
+        return 2, describe_refusal(error)
     return 1, traceback.format_exception_only(error)[-1].splitlines()[0][:300]
 
 

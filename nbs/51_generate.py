@@ -277,7 +277,7 @@ print(zbv(2, 4))
 # %%
 #| export
 def dualpipev(pp: int, microbatches: int) -> Schedule:
-    """DualPipe folded into a V: two stages per rank, forward and backward overlapped; m >= 2 pp."""
+    """DualPipe folded into a V: two stages per rank, passes overlapped; m >= 2 pp, which `generate` checks."""
 
     def rank(r: int) -> tuple[Action, ...]:
         v = _begin_v(r, pp, microbatches)

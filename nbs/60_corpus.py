@@ -199,15 +199,17 @@ def find_corpus(folder: Path | str | None, pattern: str, held_out: float) -> Cor
         raise UserError(f"{root}: {problem}: set data.corpus to a folder of text files")
 
     def refuse(error: OSError) -> None:
-        raise UserError(
-            f"{error.filename}: cannot be read ({error.strerror}): make it readable or choose another corpus"
-        )
+        if not isinstance(error, FileNotFoundError):
+            cure = "make it readable or choose another corpus"
+            raise UserError(f"{error.filename}: cannot be read ({error.strerror}): {cure}")
 
     ours = set()  # folders of runs and of token shards: what pithtrain wrote is not read again
+    passed = {"__pycache__", "lost+found"} | (set() if folder else STANDARD_LIBRARY_WITHOUT)
     for path, folders, files in os.walk(root, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in passed]
         if "tokenizer.json" in files and not {"config.toml", "manifest.json"}.isdisjoint(files):
             ours.add(Path(path))
+            folders.clear()
     try:
         names = sorted(path.relative_to(root).as_posix() for path in root.rglob(pattern) if path.is_file())
     except (ValueError, NotImplementedError, IndexError):
@@ -217,7 +219,7 @@ def find_corpus(folder: Path | str | None, pattern: str, held_out: float) -> Cor
         hidden = any(part.startswith(".") or part == "__pycache__" for part in name.split("/"))
         if hidden or (not folder and not in_standard_library_corpus(name)):
             continue
-        if not ours.isdisjoint((root / name).parents):
+        if ours and not ours.isdisjoint((root / name).parents):
             continue
         data = read_bytes(root / name)
         if not data:

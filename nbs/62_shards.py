@@ -391,7 +391,9 @@ def prepare(
     `report` is given a line about each slow step. `tokenizer` is that of a model to go on with; by default one is
     trained. Raises UserError for a corpus without text, a folder with other contents, a full disk, damaged shards,
     and shards of another corpus, vocabulary or tokenizer."""
-    folder, found = Path(config.folder), find_corpus(config.corpus, config.pattern, config.held_out)
+    if (folder := Path(config.folder)).name in ("", ".."):
+        raise UserError(f"data.folder: {config.folder!r} is no folder of its own: name one, for example data/mine")
+    found = find_corpus(config.corpus, config.pattern, config.held_out)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder.parent, os.O_RDONLY)

@@ -36,7 +36,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a metrics file, in order, one at a time; a last line that a crash cut off is left out."""
     if not path.exists():
         return
-    with path.open() as lines:
+    with path.open(errors="replace") as lines:
         for line in lines:
             try:
                 yield json.loads(line)

@@ -324,7 +324,9 @@ class Learner:
 
     def finite(self) -> bool:
         """Whether all weights, of all ranks, are finite numbers."""
-        broken = sum((~on_this_rank(parameter).isfinite()).any().int() for _, parameter in self.named_parameters())
+        broken = torch.zeros((), dtype=torch.int32, device=self.mesh.device)
+        for _, parameter in self.named_parameters():
+            broken += ~on_this_rank(parameter).isfinite().all()
         if self.mesh.world_size > 1:
             dist.all_reduce(broken)
         return not broken

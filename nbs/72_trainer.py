@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any
 
@@ -135,9 +135,9 @@ def train(config: Config, launch: Launch = Launch(), store: dist.Store | None = 
         shards = open_data(config)
     batches = TrainBatches(shards.train, config.train.sequence_length, config.train.batch_size, config.run.seed)
     try:
-        with process_group(launch, store, device) as own_device:
+        with process_group(launch, store, device) as own_device, ExitStack() as held:
             mesh = make_mesh(config.mesh, launch.rank, launch.world_size, own_device)
-            return run_steps(config, mesh, dtype, shards, batches)
+            return run_steps(config, mesh, dtype, shards, batches, held)
     except torch.OutOfMemoryError as error:
         raise memory_error(error) from None
     except OSError as error:
@@ -156,7 +156,7 @@ def open_data(config: Config, report: Callable[[str], None] = lambda line: None)
         raise UserError(f"{own}: no such file, and another tokenizer would not suit the run; copy its own there")
     shards = prepare(config.data, config.model.vocab_size, own if own.is_file() else None, report)
     found = shards.manifest
-    known = trained_on.read_text() if trained_on.is_file() else found.fingerprint
+    known = (trained_on.read_text() if trained_on.is_file() else "") or found.fingerprint
     if known != found.fingerprint and any(checkpoint_steps(config.path / "checkpoints")):
         problem = f"was trained on other text than {found.corpus} holds now"
         raise UserError(f"{config.path}: {problem}; restore that, or set run.name to another name")
@@ -173,9 +173,15 @@ def open_data(config: Config, report: Callable[[str], None] = lambda line: None)
 
 # %%
 #| export
-def run_steps(config: Config, mesh: Mesh, dtype: torch.dtype, shards: Shards, batches: TrainBatches) -> int:
-    """The training loop of `train`, over opened data; makes the run folder once nothing is left to refuse."""
+def run_steps(
+    config: Config, mesh: Mesh, dtype: torch.dtype, shards: Shards, batches: TrainBatches, held: ExitStack
+) -> int:
+    """The training loop of `train`, over opened data; makes the run folder once nothing is left to refuse.
+
+    The folder is in `held`, where no other process can train the run, from before its checkpoints are looked at."""
     folder, steps, first_rank = config.path, config.train.steps, mesh.rank == 0
+    if first_rank and not (new := not (folder / "config.toml").exists()):
+        held.enter_context(hold_run_folder(folder))
     learner = Learner(config, mesh, dtype)
     saved = checkpoint_steps(folder / "checkpoints")
     first = step = saved[-1] if saved else 0
@@ -189,26 +195,28 @@ def run_steps(config: Config, mesh: Mesh, dtype: torch.dtype, shards: Shards, ba
     held_out = HeldOutBatches(shards.held_out, config.train.sequence_length, rows)
     if first_rank:
         create_run_folder(config, shards.folder / "tokenizer.json", shards.manifest.fingerprint)
+        if new:
+            held.enter_context(hold_run_folder(folder))
         print(describe_run(config, mesh, dtype, first))
     tokens = config.train.batch_size * config.train.sequence_length
     silent = not first_rank or first == steps
+    metrics = Metrics(config, first) if first_rank else None
     bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=silent)
-    with hold_run_folder(folder) if first_rank else nullcontext(), StopRequest(first_rank) as stop, bar:
-        metrics = Metrics(config, first) if first_rank else None
+    with StopRequest(first_rank) as stop, bar:
         for step in range(first + 1, steps + 1):
             start = time.perf_counter()
             own = read_microbatches(batches, step - 1, config.train.micro_batch_size, mesh)
             rate = learning_rate(step, steps, config.optimizer)
             result = learner.step(own, rate)
             seconds = time.perf_counter() - start
-            check_finite(config, f"loss of step {step}", result.loss)
-            check_finite(config, f"gradients' norm of step {step}", result.grad_norm)
+            check_finite(config, f"the loss of step {step}", result.loss)
+            check_finite(config, f"the gradients' norm of step {step}", result.grad_norm)
             record = step_record(step, result, rate, tokens, seconds)
             every = config.train.evaluate_every
             if step == steps or (every and step % every == 0):
                 nats, count = learner.evaluate(held_out)
                 record["validation_loss"] = nats / count
-                check_finite(config, f"held-out loss behind step {step}", nats / count)
+                check_finite(config, f"the held-out loss behind step {step}", nats / count)
             if metrics:
                 metrics.log(record)
             bar.set_postfix_str(f"loss {result.loss:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
@@ -217,7 +225,7 @@ def run_steps(config: Config, mesh: Mesh, dtype: torch.dtype, shards: Shards, ba
             if mesh.world_size > 1:
                 dist.all_reduce(last)
             if last or (config.train.checkpoint_every and step % config.train.checkpoint_every == 0):
-                check_finite(config, f"sum of the weights behind step {step}", 0.0 if learner.finite() else math.nan)
+                check_finite(config, f"a weight behind step {step}", 0.0 if learner.finite() else math.nan)
                 if metrics:
                     metrics.sync()
                 state = learner.state() | {"step": torch.tensor(step)}
@@ -237,7 +245,7 @@ def check_finite(config: Config, what: str, value: float) -> None:
     """Refuse to go on with a run that diverged, before worse weights replace its checkpoints."""
     if not math.isfinite(value):
         cure = f"lower optimizer.learning_rate (now {config.optimizer.learning_rate}) or raise optimizer.warmup"
-        raise UserError(f"{config.path}: the {what} is {value}; {cure}, under another run.name")
+        raise UserError(f"{config.path}: {what} is {value}; {cure}, under another run.name")
 
 
 # %%
@@ -311,7 +319,7 @@ def report(config: Config, shards: Shards, model: Decoder | None) -> str:
     bits = {name: bits_per_byte(loss, len(shards.held_out) - 1, text_bytes) for name, loss in table.items()}
     results = {
         "step": last["step"], "tokens": last["tokens"], "nats_per_token": table, "bits_per_byte": bits,
-        "training_seconds": seconds, "torch": torch.__version__,
+        "training_seconds": seconds, "baselines_fitted_on": len(train_tokens), "torch": torch.__version__,
     }  # fmt: skip
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     figures = save_figures(folder, records, baselines)

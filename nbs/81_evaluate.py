@@ -41,7 +41,7 @@ from pithtrain.train.trainer import choose_compute
 #| export
 def use_accelerator(run: Run) -> Run:
     """The same run with its model where it computes fastest, in the precision of its training."""
-    device, dtype = choose_compute(replace(run.config.run, device="auto"))
+    device, dtype = choose_compute(replace(run.config.run, device="auto", threads=0))
     if dtype is torch.bfloat16 and run.step == 0 and run.published.get("dtype") == "BF16":
         for matrix in (weight for weight in run.model.parameters() if weight.dim() > 1):
             matrix.data = matrix.data.to(device, torch.bfloat16)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pithtrain
-from pithtrain.config import MeshConfig, UserError, describe_settings, differences
+from pithtrain.config import REFUSALS, MeshConfig, UserError, describe_refusal, describe_settings, differences
 from pithtrain.config import load_config, load_run_config, parse_override, section_from_table
 from pithtrain.parallel.launch import find_launch, launch
 from pithtrain.parallel.pipeline.generate import KINDS
@@ -297,7 +297,7 @@ def ranged(kind: type, low: float, high: float = 2**63 - 1) -> Callable[[str], f
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value <= high:
-            wanted = f"at least {low}" if value < low else f"at most {high}"
+            wanted = f"at most {high}" if value > high else f"at least {low}"
             raise argparse.ArgumentTypeError(f"{text} is out of range, expected {wanted}")
         return value
 
@@ -469,10 +469,8 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output left, as `head` does
         sys.stderr.close()
         return 141
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"pithtrain: {error.filename}: {error.strerror}; mend that and run the same command", file=sys.stderr)
+    except REFUSALS as error:
+        print(f"pithtrain: {describe_refusal(error)}", file=sys.stderr)
         return 2
 
 

@@ -80,6 +80,7 @@ def test_a_peer_of_another_release_is_left_out(tmp_path, monkeypatch):
 @pytest.mark.parametrize("family", ["qwen3-moe", "deepseek", "gpt-oss", "qwen3.5-moe"])
 def test_every_family_takes_its_step_beside_transformers(family):
     pytest.importorskip("transformers")
+    torch.manual_seed(0)
     model = {"family": family, "vocab_size": 300, "layers": 2, "hidden": 32, "experts": 4, "expert_hidden": 16}
     train = {"sequence_length": 16, "batch_size": 2, "micro_batch_size": 1}
     tables = {"run": {"device": "cpu"}, "model": {**model, "top_k": 2}, "train": train}

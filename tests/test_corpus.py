@@ -96,6 +96,7 @@ def test_a_split_without_documents(tmp_path):
 
 def test_what_a_run_wrote_is_not_read_again(tmp_path):
     folder = write(tmp_path, numbered(60))
+    (folder / "lost+found").mkdir()
     before = find_corpus(folder, "*.txt", 0.2)
     for place, beside in (("runs/demo", "config.toml"), ("data/a", "manifest.json")):
         (folder / place).mkdir(parents=True)

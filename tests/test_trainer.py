@@ -256,6 +256,7 @@ def test_too_little_memory_is_said_in_one_line(command, tmp_path, capsys, monkey
         (["--train.sequence_length", "1000000"], "sequence_length"),
         (["--train.micro_batch_size", "3"], "train.micro_batch_size: 3 does not divide"),
         (["--model.vocab_size", "100000"], "vocab_size"),
+        (["--data.folder", "."], "data.folder: '.' is no folder of its own"),
         (["--train.stepz", "3"], "did you mean 'steps'"),
         (["--train.steps"], "has no value"),
         (["steps"], "unexpected"),
@@ -358,20 +359,29 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path, capsys):
 
 def test_weights_that_are_no_numbers_replace_no_checkpoint(command, tmp_path, capsys, monkeypatch):
     """The loss and the norm of a step are those of the weights before it."""
-    assert cli.main(command("--train.steps", "200", "--optimizer.decay", "0.04", "--run.name", "x", "--train.keep", "1",
-                            "--optimizer.clip", "0", "--optimizer.warmup", "0", "--optimizer.learning_rate", "1e38",
-                            "--train.checkpoint_every", "1")) == 2  # fmt: skip
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "runs/x: the sum of the weights behind step" in said or "runs/x: the loss of step" in said
-    assert "lower optimizer.learning_rate (now 1e+38)" in said
-    for path in (tmp_path / "runs/x/checkpoints").glob("*"):
-        assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "runs/x").values()), path
+    step = trainer.Learner.step
+
+    def breaks(learner, batches, rate):
+        result = step(learner, batches, rate)
+        _, weight = next(learner.named_parameters())
+        if learner.optimizer.state[weight]["step"] == 6:
+            weight.data[0] = torch.nan
+        return result
+
+    monkeypatch.setattr(trainer.Learner, "step", breaks)
+    said = refused(capsys, command("--train.keep", "1"))
+    assert "runs/demo: a weight behind step 6 is nan; lower optimizer.learning_rate" in said
+    assert [path.name for path in (tmp_path / "runs/demo/checkpoints").iterdir()] == ["step-00000003"]
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "runs/demo").values())
 
 
 def test_one_process_at_a_time_trains_a_run(command, tmp_path, capsys):
     assert cli.main(command()) == 0
+    before = (tmp_path / "runs/demo/config.toml").read_text()
     with hold_run_folder(tmp_path / "runs/demo"):
-        assert "runs/demo: another process is training this run; wait" in refused(capsys, command())
+        said = refused(capsys, command("--train.keep", "1"))
+    assert "runs/demo: another process is training this run; wait" in said
+    assert (tmp_path / "runs/demo/config.toml").read_text() == before
     assert cli.main(command()) == 0
 
 
