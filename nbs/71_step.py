@@ -243,9 +243,13 @@ except UserError as error:
 
 # %%
 #| export
-def memory_error(error: torch.OutOfMemoryError) -> UserError:
-    """What the GPU said when its memory did not suffice, and what can be done."""
+def memory_error(error: RuntimeError) -> UserError | None:
+    """What a device said when its memory did not suffice, and what can be done; None for any other error."""
     said = str(error).partition(". GPU")[0].rstrip(".")
+    if "DefaultCPUAllocator: " in said:
+        said = said.partition("DefaultCPUAllocator: ")[2].partition(". Error code")[0]
+    elif not isinstance(error, torch.OutOfMemoryError):
+        return None
     return UserError(
         f"{said}; lower train.micro_batch_size, set train.recompute to experts or layer, or use more ranks"
     )

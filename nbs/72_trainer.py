@@ -138,8 +138,10 @@ def train(config: Config, launch: Launch = Launch(), store: dist.Store | None = 
         with process_group(launch, store, device) as own_device, ExitStack() as held:
             mesh = make_mesh(config.mesh, launch.rank, launch.world_size, own_device)
             return run_steps(config, mesh, dtype, shards, batches, held)
-    except torch.OutOfMemoryError as error:
-        raise memory_error(error) from None
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if problem := memory_error(error):
+            raise problem from None
+        raise
     except OSError as error:
         if disk_full(error):
             raise UserError(f"{config.path}: the disk is full; free some space and run the same command") from None

@@ -127,8 +127,10 @@ def rehearse(config: Config, rank: int, ranks: int, steps: int = 3) -> Rehearsal
         place, name = mesh.coordinates._asdict(), torch.cuda.get_device_name() if cuda else "cpu"
         found = (sum(p.numel() for p in held), imbalance, peak, min(seconds), train.batch_size * train.sequence_length)
         return Rehearsal(rank, ranks, place, name, *found)
-    except torch.OutOfMemoryError as error:
-        raise memory_error(error) from None
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if problem := memory_error(error):
+            raise problem from None
+        raise
     finally:
         if ranks > 1:
             dist.destroy_process_group()

@@ -297,7 +297,7 @@ def ranged(kind: type, low: float, high: float = 2**63 - 1) -> Callable[[str], f
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value <= high:
-            wanted = f"at most {high}" if value > high else f"at least {low}"
+            wanted = "a finite number" if value - value else f"at most {high}" if value > high else f"at least {low}"
             raise argparse.ArgumentTypeError(f"{text} is out of range, expected {wanted}")
         return value
 

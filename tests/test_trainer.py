@@ -239,6 +239,11 @@ def test_too_little_memory_is_said_in_one_line(command, tmp_path, capsys, monkey
     many = refused(capsys, ["bench", "step", *command("--model.experts", "100000000")[1:]])
     assert "gradients and averages take" in many
 
+    wide = ("--train.batch_size", "1000000000000", "--train.micro_batch_size", "1000000000000")
+    said = refused(capsys, command(*wide))
+    assert "can't allocate memory: you tried to allocate" in said and "lower train.micro_batch_size" in said
+    assert not (tmp_path / "runs").exists()
+
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ...")
 
@@ -500,12 +505,12 @@ def test_generate(command, tmp_path, capsys):
         (["generate", "run", "--temperature", "-1"], "--temperature: -1 is out of range, expected at least 0"),
         (
             ["generate", "run", "--temperature", "inf"],
-            f"--temperature: inf is out of range, expected at most {2**63 - 1}",
+            "--temperature: inf is out of range, expected a finite number",
         ),
         (["generate", "run", "--seed", "9" * 20], f"--seed: {'9' * 20} is out of range, expected at most {2**63 - 1}"),
         (
             ["export", "run", "to", "--shard-gb", "inf"],
-            f"--shard-gb: inf is out of range, expected at most {2**63 - 1}",
+            "--shard-gb: inf is out of range, expected a finite number",
         ),
         (["generate", "run", "--tokens", "x"], "--tokens: invalid int value: 'x'; pithtrain generate --help"),
         (["schedule", "--hidden", "2"], "--hidden: 2 is out of range, expected at most 1; pithtrain schedule --help"),
